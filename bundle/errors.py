@@ -1,0 +1,38 @@
+"""Errors that a user can act on: what is wrong, the value, and the remedy, in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BundleError(ValueError):
+    """Bad input or a bad setting.
+
+    The message is one line that names the file or setting, the value found and the remedy; the command line
+    shows this line and nothing else (see :mod:`bundle.command_line`).
+    """
+
+
+def did_you_mean(value: str, options: Iterable[str]) -> str:
+    """A hint for a misspelt ``value``: the closest of ``options``, and all of them.
+
+    >>> did_you_mean("casual", ["causal", "standard"])
+    "did you mean 'causal'? (choose from causal, standard)"
+    """
+    names = sorted(map(str, options))
+    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    listing = f"choose from {', '.join(names)}"
+    return f"did you mean '{close[0]}'? ({listing})" if close else listing
+
+
+def check_choice(what: str, value: str, options: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``options``.
+
+    Raises:
+        BundleError: if it is not, with the closest spelling.
+    """
+    options = list(options)
+    if value not in options:
+        raise BundleError(f"{what} '{value}' is unknown: {did_you_mean(value, options)}")
+    return value

@@ -1,0 +1,110 @@
+"""Intensities to [0, 1]: MR by percentiles of the foreground, CT by named Hounsfield windows, 8-bit by 255."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+from monai.config import KeysCollection
+from monai.config.type_definitions import NdarrayOrTensor
+from monai.transforms import MapTransform, ScaleIntensityRange, Transform
+from monai.transforms.utils_pytorch_numpy_unification import percentile
+
+from bundle.errors import BundleError, check_choice
+
+HOUNSFIELD_WINDOWS = {
+    # name: (lowest, highest) in HU, the usual presets of CT viewers
+    "ct_soft_tissue": (-160.0, 240.0),
+    "ct_lung": (-1350.0, 150.0),
+    "ct_bone": (-450.0, 1050.0),
+    "ct_brain": (0.0, 80.0),
+    "ct_liver": (-45.0, 105.0),
+    "ct_mediastinum": (-125.0, 225.0),
+}
+SCHEMES = ("auto", "mr", "8bit", *HOUNSFIELD_WINDOWS)
+
+
+class ScaleForegroundPercentiles(Transform):
+    """Clip at two percentiles of the foreground and scale to [0, 1], for MR and other images without fixed units.
+
+    The foreground is what differs from ``background``. Percentiles are taken over the whole volume, so that its slices
+    stay comparable; the background itself becomes 0. An image without foreground becomes all 0.
+
+    Args:
+        lower, upper: percentiles in [0, 100], lower < upper.
+        background: the value of voxels outside the subject.
+
+    Raises:
+        BundleError: if the percentiles are not in order.
+    """
+
+    def __init__(self, lower: float = 0.5, upper: float = 99.5, background: float = 0.0) -> None:
+        if not 0 <= lower < upper <= 100:
+            raise BundleError(
+                f"percentiles must satisfy 0 <= lower < upper <= 100, got {lower} and {upper}: try 0.5 and 99.5"
+            )
+        self.lower = lower
+        self.upper = upper
+        self.background = background
+
+    def __call__(self, img: NdarrayOrTensor) -> NdarrayOrTensor:
+        """Scale ``img`` of any shape."""
+        foreground = img != self.background
+        if not foreground.any():
+            return img * 0
+        low, high = (float(percentile(img[foreground], q)) for q in (self.lower, self.upper))
+        if low == high:
+            return foreground * (img * 0 + 1)
+        return ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(img) * foreground
+
+
+class ScaleHounsfieldWindow(ScaleIntensityRange):
+    """Clip CT to a named window of Hounsfield units and scale to [0, 1].
+
+    Args:
+        window: a name in :data:`HOUNSFIELD_WINDOWS`.
+
+    Raises:
+        BundleError: for an unknown window, with the closest name.
+    """
+
+    def __init__(self, window: str = "ct_soft_tissue") -> None:
+        low, high = HOUNSFIELD_WINDOWS[check_choice("CT window", window, HOUNSFIELD_WINDOWS)]
+        super().__init__(low, high, 0.0, 1.0, clip=True)
+
+
+class ScaleIntensityByModalityd(MapTransform):
+    """Bring ``keys`` to [0, 1] by the scheme that suits the image.
+
+    Args:
+        keys: images as :class:`~bundle.transforms.LoadCased` gives them.
+        scheme: ``mr`` (percentiles 0.5 and 99.5 of the nonzero voxels), ``8bit`` (divide by 255), a window of
+            :data:`HOUNSFIELD_WINDOWS`, or ``auto``: ``8bit`` for 8-bit images, ``ct_soft_tissue`` for DICOM of modality
+            CT, else ``mr``.
+
+    Raises:
+        BundleError: for an unknown scheme, with the closest name.
+    """
+
+    def __init__(self, keys: KeysCollection, scheme: str = "auto", allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.scheme = check_choice("intensity", scheme, SCHEMES)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Scale each key of ``data``."""
+        scaled = dict(data)
+        for key in self.key_iterator(scaled):
+            scaled[key] = self._scaler(scaled[key])(scaled[key])
+        return scaled
+
+    def _scaler(self, image: NdarrayOrTensor) -> Transform:
+        scheme = self.scheme
+        if scheme == "auto":
+            modality = getattr(image, "meta", {}).get("modality", "")
+            scheme = {"8bit": "8bit", "CT": "ct_soft_tissue"}.get(modality, "mr")
+        if scheme == "mr":
+            return ScaleForegroundPercentiles()
+        if scheme == "8bit":
+            return ScaleIntensityRange(0.0, float(np.iinfo(np.uint8).max), 0.0, 1.0, clip=True)
+        return ScaleHounsfieldWindow(scheme)

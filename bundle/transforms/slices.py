@@ -1,0 +1,119 @@
+"""From volumes to the slices that the networks see, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import nibabel as nib
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import InvertibleTransform, MapTransform, Orientation, Transform
+
+from bundle.errors import BundleError, check_choice
+
+PLANES = {
+    # directions of rows, columns and slices, as radiologists look at them
+    "axial": "PLS",
+    "coronal": "ILP",
+    "sagittal": "IPL",
+}
+
+
+class OrientSlicesd(MapTransform, InvertibleTransform):
+    """Turn [C, x, y, z] to [C, rows, columns, slices] of an anatomical plane, in radiological display order.
+
+    A volume is flipped and permuted by its affine, so that the same anatomy looks the same from every file; nothing is
+    resampled. An image of one slice keeps its own plane: rows run down, columns to the right. The inverse restores the
+    axes of the file.
+
+    Args:
+        keys: images as :class:`~bundle.transforms.LoadCased` gives them.
+        plane: ``axial``, ``coronal`` or ``sagittal``.
+
+    Raises:
+        BundleError: for an unknown plane, with the closest name.
+    """
+
+    def __init__(self, keys: KeysCollection, plane: str = "axial", allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.axcodes = PLANES[check_choice("slice_plane", plane, PLANES)]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Orient each key of ``data``."""
+        oriented = dict(data)
+        for key in self.key_iterator(oriented):
+            image = oriented[key]
+            own = "".join(nib.orientations.aff2axcodes(image.affine))
+            target = own[1] + own[0] + own[2] if image.shape[-1] == 1 else self.axcodes
+            oriented[key] = _orient(image, target)
+            self.push_transform(oriented[key], extra_info={"axcodes": own})
+        return oriented
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Give each key of ``data`` the axes that its file has."""
+        restored = dict(data)
+        for key in self.key_iterator(restored):
+            applied = self.pop_transform(restored[key])
+            restored[key] = _orient(restored[key], applied["extra_info"]["axcodes"])
+        return restored
+
+
+def _orient(image: MetaTensor, axcodes: str) -> MetaTensor:
+    orientation = Orientation(axcodes=axcodes, labels=(("L", "R"), ("P", "A"), ("I", "S")))
+    with orientation.trace_transform(False):
+        return orientation(image)
+
+
+class ExtractSlicesd(Transform):
+    """Cut [C, rows, columns, slices] into a list of slices [C, rows, columns], each a case of its own.
+
+    Every slice carries in its ``meta`` the ``slice_index``, the ``affine`` of its own pixels (of [row, column, 0] to mm)
+    and the ``spacing`` (row, column, slice) in mm.
+
+    Args:
+        keys: ``image`` and whatever shares its grid; the filters look at the first key.
+        first, last: share of the stack, in [0, 1], where the range of slices begins and ends.
+        min_foreground: share of pixels above 0, in [0, 1], that a slice must have; the only slice of a flat image always
+            stays.
+
+    Raises:
+        BundleError: if a share is out of range, or no slice of a volume is left.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, first: float = 0.0, last: float = 1.0, min_foreground: float = 0.05
+    ) -> None:
+        if not 0 <= first < last <= 1:
+            raise BundleError(f"slice_range must satisfy 0 <= first < last <= 1, got {first} and {last}: try 0 and 1")
+        if not 0 <= min_foreground <= 1:
+            raise BundleError(f"min_foreground must be in [0, 1], got {min_foreground}: try 0.05")
+        self.keys = (keys,) if isinstance(keys, str) else tuple(keys)
+        self.first = first
+        self.last = last
+        self.min_foreground = min_foreground
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> list[dict[Hashable, Any]]:
+        """The slices of ``data`` that pass the filters."""
+        stack = data[self.keys[0]]
+        depth = stack.shape[-1]
+        chosen = [
+            index
+            for index in range(round(self.first * (depth - 1)), round(self.last * (depth - 1)) + 1)
+            if depth == 1 or (stack[..., index] > 0).float().mean() >= self.min_foreground
+        ]
+        if not chosen:
+            raise BundleError(
+                f"'{data.get('name', 'a volume')}' has no slice with a foreground share of at least {self.min_foreground}: "
+                "lower min_foreground, or check the intensity scheme"
+            )
+        present = [key for key in self.keys if key in data]
+        return [{**data, **{key: _slice(data[key], index) for key in present}} for index in chosen]
+
+
+def _slice(stack: MetaTensor, index: int) -> MetaTensor:
+    affine = stack.affine.clone()
+    affine[:3, 3] += index * affine[:3, 2]
+    meta = {key: value for key, value in stack.meta.items() if key != "affine"}
+    spacing = affine[:3, :3].norm(dim=0).tolist()
+    return MetaTensor(stack.as_tensor()[..., index], affine, {**meta, "slice_index": index, "spacing": spacing})

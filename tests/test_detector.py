@@ -1,0 +1,169 @@
+"""An image goes in, a calibrated map of its size comes out, and only the matching checkpoint is accepted."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from monai.transforms import NormalizeIntensity, RepeatChannel
+from torch.nn import functional as F
+
+from bundle.errors import BundleError
+from bundle.networks import AnomalyDetector, FeatureNetwork
+from bundle.networks.density import squared_error
+from bundle.training import load_checkpoint, save_checkpoint
+
+
+def healthy_batches(count=6):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 152, 4, 4, generator=generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 70), (17, 200)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_map_has_the_size_of_the_image(detector, size, channels):
+    assert detector(torch.rand(2, channels, *size)).shape == (2, 1, *size)
+
+
+def test_gray_is_the_same_as_three_equal_channels(detector):
+    image = torch.rand(1, 1, 64, 64)
+    torch.testing.assert_close(detector(image), detector(image.expand(-1, 3, -1, -1)))
+
+
+def test_preparation_equals_monai_transforms(detector):
+    image = torch.rand(1, 64, 64)
+    expected = NormalizeIntensity(subtrahend=[0.498] * 3, divisor=[0.502] * 3, channel_wise=True)(RepeatChannel(3)(image))
+    np.testing.assert_allclose(detector.prepare(image[None])[0], expected, atol=1e-6)
+
+
+def test_raw_map_is_the_squared_error_brought_to_the_image(detector):
+    image = torch.rand(1, 1, 50, 70)
+    embeddings = detector.embed(image)
+    patch_map = squared_error(detector.density(embeddings), embeddings)
+    expected = F.interpolate(patch_map[:, None], (50, 70), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(detector(image, raw=True), expected)
+
+
+def test_image_score_is_the_mean_of_the_top_patches(features):
+    detector = AnomalyDetector(features, image_size=320, hidden_channels=8)
+    found = detector.detect(torch.rand(2, 1, 320, 320))
+    expected = found.patch_map.flatten(1).sort(dim=1, descending=True).values[:, :4].mean(dim=1)  # 1 % of 20 x 20
+    torch.testing.assert_close(found.image_score, expected)
+
+
+def test_calibrated_scores_of_healthy_patches_have_mean_0_and_deviation_1(detector):
+    detector.calibrate(healthy_batches())
+    scores = torch.cat([detector.score_patches(batch).flatten() for batch in healthy_batches()])
+    assert abs(float(scores.mean())) < 1e-4
+    assert abs(float(scores.std()) - 1) < 1e-4
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.1, 0.02])
+def test_the_wanted_share_of_healthy_patches_exceeds_the_threshold(detector, rate):
+    detector.calibrate(healthy_batches(), false_positive_rate=rate)
+    scores = torch.cat([detector.score_patches(batch).flatten() for batch in healthy_batches()])
+    assert abs(float((scores > detector.threshold).float().mean()) - rate) <= 1.5 / len(scores)
+
+
+def test_standardization_gives_every_channel_the_same_scale(detector):
+    embeddings = torch.randn(50, 152, 4, 4) * torch.linspace(0.1, 10, 152).view(1, -1, 1, 1) + 3
+    moments = embeddings.transpose(0, 1).flatten(1)
+    detector.set_standardization(moments.mean(dim=1), moments.std(dim=1))
+    standardized = detector.standardize(embeddings).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(standardized.mean(dim=1), torch.zeros(152), atol=1e-4, rtol=0)
+    torch.testing.assert_close(standardized.std(dim=1), torch.ones(152), atol=1e-3, rtol=0)
+
+
+def test_the_papers_recipe_does_not_standardize(features):
+    detector = AnomalyDetector(features, image_size=64, hidden_channels=8, standardize=False)
+    detector.set_standardization(torch.ones(152), torch.full((152,), 2.0))
+    embeddings = torch.randn(1, 152, 4, 4)
+    assert torch.equal(detector.standardize(embeddings), embeddings)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_torchscript_equals_eager_at_every_size(detector, tmp_path):
+    detector.calibrate(healthy_batches())
+    torch.jit.script(detector).save(str(tmp_path / "model.ts"))
+    scripted = torch.jit.load(str(tmp_path / "model.ts"))
+    for size in ((64, 64), (50, 70)):
+        image = torch.rand(2, 1, *size)
+        found, expected = scripted.detect(image), detector.detect(image)
+        torch.testing.assert_close(found.anomaly_map, expected.anomaly_map)
+        torch.testing.assert_close(found.image_score, expected.image_score)
+        torch.testing.assert_close(scripted(image, raw=True), detector(image, raw=True))
+    assert float(scripted.threshold) == float(detector.threshold)
+    assert json.loads(bytes(scripted.identity.tolist()))["backbone"] == "efficientnet_lite0"
+
+
+def test_a_checkpoint_restores_maps_and_threshold_and_holds_no_backbone(detector, features, tmp_path):
+    detector.calibrate(healthy_batches())
+    save_checkpoint(detector, tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert not [key for key in state if key.startswith("features")]
+    other = AnomalyDetector(features, image_size=64, hidden_channels=8)
+    load_checkpoint(other, tmp_path / "model.pt")
+    image = torch.rand(1, 1, 64, 64)
+    torch.testing.assert_close(other(image), detector(image))
+    assert other.threshold == detector.threshold
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 80}, r"image_size \[64, 64\].*has image_size \[80, 80\]"),
+        ({"hidden_channels": 16}, r"hidden_channels 8 .*has hidden_channels 16"),
+        ({"mode": "standard"}, r"mode 'causal' .*has mode 'standard'"),
+        ({"preprocessing": {"intensity": "mr"}}, r"intensity None .*has intensity 'mr'"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(detector, features, tmp_path, change, message):
+    save_checkpoint(detector, tmp_path / "model.pt")
+    other = AnomalyDetector(features, **{"image_size": 64, "hidden_channels": 8, **change})
+    with pytest.raises(BundleError, match=message):
+        load_checkpoint(other, tmp_path / "model.pt")
+
+
+def test_a_checkpoint_of_another_backbone_is_refused_with_both_names(detector, tmp_path):
+    save_checkpoint(detector, tmp_path / "model.pt")
+    other = AnomalyDetector(FeatureNetwork("dinov3_vits16", "random"), image_size=64, hidden_channels=8)
+    with pytest.raises(BundleError, match="backbone 'efficientnet_lite0'.*backbone 'dinov3_vits16'"):
+        load_checkpoint(other, tmp_path / "model.pt")
+
+
+def test_a_checkpoint_of_other_weights_is_refused(detector, tmp_path):
+    save_checkpoint(detector, tmp_path / "model.pt")
+    other = AnomalyDetector(FeatureNetwork("efficientnet_lite0", "random"), image_size=64, hidden_channels=8)
+    with pytest.raises(BundleError, match="weights '5b46.*weights 'random:"):
+        load_checkpoint(other, tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", None])
+def test_a_file_that_is_no_checkpoint_is_named(detector, tmp_path, content):
+    if content is not None:
+        (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(BundleError, match=r"model\.pt") as caught:
+        load_checkpoint(detector, tmp_path / "model.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickled_checkpoint_is_not_executed(detector, tmp_path):
+    class Malice:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"threshold": Malice()}, tmp_path / "model.pt")
+    with pytest.raises(BundleError, match="no checkpoint of this bundle"):
+        load_checkpoint(detector, tmp_path / "model.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("size", [100, [64, 50], 0, [64, 64, 64]])
+def test_an_image_size_off_the_patch_grid_is_refused_with_a_near_one(features, size):
+    with pytest.raises(BundleError, match="multiples of the patch size 16: try"):
+        AnomalyDetector(features, image_size=size)
+
+
+def test_only_the_density_is_trained(detector):
+    trained = {name for name, parameter in detector.named_parameters() if parameter.requires_grad}
+    assert trained == {f"density.{name}" for name, _ in detector.density.named_parameters()}
