@@ -32,7 +32,8 @@ def test_gray_is_the_same_as_three_equal_channels(detector):
 
 def test_preparation_equals_monai_transforms(detector):
     image = torch.rand(1, 64, 64)
-    expected = NormalizeIntensity(subtrahend=[0.498] * 3, divisor=[0.502] * 3, channel_wise=True)(RepeatChannel(3)(image))
+    normalize = NormalizeIntensity(subtrahend=[0.498] * 3, divisor=[0.502] * 3, channel_wise=True)
+    expected = normalize(RepeatChannel(3)(image))
     np.testing.assert_allclose(detector.prepare(image[None])[0], expected, atol=1e-6)
 
 

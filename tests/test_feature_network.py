@@ -131,7 +131,8 @@ def test_efficientnet_stages_equal_forward_intermediates_of_timm() -> None:
     image = random_image(48, 80)
     # timm counts only the stages that end a stride: 2 has 40 channels, 3 has 112
     fine, own = reference.forward_intermediates(image, indices=[2, 3], intermediates_only=True)
-    torch.testing.assert_close(network(image), torch.cat([F.avg_pool2d(fine, 2), own], dim=1))
+    expected = torch.cat([F.avg_pool2d(fine, 2), own], dim=1)
+    torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-4)  # the memory format reorders sums
 
 
 def to_meta_names(state: dict[str, Tensor]) -> dict[str, Tensor]:

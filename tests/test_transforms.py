@@ -254,6 +254,12 @@ def test_mask_values_count_by_the_rule():
     assert ReadMaskd("==255")(case)["mask"].tolist() == [[[0, 0, 1]]]
 
 
+@pytest.mark.parametrize("rule", ["=255", ">", "255", "", "any"])
+def test_a_misspelt_mask_rule_is_refused_with_examples(rule):
+    with pytest.raises(BundleError, match="try '>0' or '==255'"):
+        ReadMaskd(rule)
+
+
 def test_a_healthy_image_without_mask_has_an_empty_one_and_an_anomalous_one_has_none():
     image = torch.ones(1, 2, 3)
     assert ReadMaskd()({"image": image, "label": 0, "name": "a"})["mask"].sum() == 0

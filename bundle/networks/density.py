@@ -62,8 +62,8 @@ class SpatialARDensity(nn.Module):
     variance the squared error of the prediction is the negative log-likelihood up to a constant (arXiv 2603.02974).
 
     What a position sees, proved in ``tests/test_density.py``: in ``causal`` mode only patches earlier in raster order,
-    never itself. In ``bidirectional`` mode with one constant dilation it does see itself from the third layer on, and in
-    ``standard`` mode at once; both are kept since the authors publish them.
+    never itself. In ``bidirectional`` mode with one constant dilation it does see itself from the third layer on, and
+    in ``standard`` mode at once; both are kept since the authors publish them.
 
     Args:
         in_channels: channels C of the patch embeddings.
@@ -132,7 +132,8 @@ def load_paper_checkpoint(path: str | os.PathLike, dilations: Sequence[int]) -> 
     Channels, depth, kernel and mode follow from the shapes and masks in the file, which does not hold the dilations.
 
     Args:
-        path: file with ``model_state_dict`` (keys ``net.0.weight``, ``net.0.bias``, ``net.0.mask``, ``net.2.weight``, ...).
+        path: file with ``model_state_dict`` (keys ``net.0.weight``, ``net.0.bias``, ``net.0.mask``, ``net.2.weight``,
+            ...).
         dilations: one per layer, as the network was trained.
 
     Returns:

@@ -36,8 +36,8 @@ class AnomalyDetector(nn.Module):
     :meth:`calibrate` the two are the same and the threshold is infinite.
 
     What decides an output travels in the state dict: density, standardization, calibration, threshold and
-    ``identity`` (backbone, hash of its weights, preprocessing, density hyper-parameters). The weights of the backbone do
-    not. Loading the state of another identity is refused. Scriptable by ``torch.jit.script``, at every image size.
+    ``identity`` (backbone, hash of its weights, preprocessing, density hyper-parameters). The weights of the backbone
+    do not. Loading the state of another identity is refused. Scriptable by ``torch.jit.script``, at every image size.
 
     Args:
         features: the frozen feature network.
@@ -127,7 +127,7 @@ class AnomalyDetector(nn.Module):
             patch_map.unsqueeze(1), [image.shape[-2], image.shape[-1]], mode="bilinear", align_corners=False
         )
         patches = patch_map.flatten(1)
-        top = max(1, int(round(self.top_share * patches.shape[1])))
+        top = max(1, int(self.top_share * patches.shape[1] + 0.5))
         return Detection(anomaly_map, patches.topk(top, dim=1).values.mean(dim=1), patch_map)
 
     def forward(self, image: Tensor, raw: bool = False) -> Tensor:
@@ -148,7 +148,8 @@ class AnomalyDetector(nn.Module):
     def calibrate(self, batches: Iterable[Tensor], false_positive_rate: float = 0.01) -> None:
         """Set scale and threshold from healthy validation embeddings, batches of [B, C, h, w].
 
-        The threshold is the value that the share ``false_positive_rate`` of healthy patches exceeds, in calibrated units.
+        The threshold is the value that the share ``false_positive_rate`` of healthy patches exceeds, in calibrated
+        units.
 
         Raises:
             BundleError: if the rate is not in (0, 1), or no patch is given.

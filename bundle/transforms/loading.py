@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,9 +29,9 @@ class LoadCased(MapTransform):
     """Load files into :class:`MetaTensor` of one shape: [C, x, y, slices], float32, C = 1 or 3.
 
     A flat image is a volume of one slice. x and y are in the order of MONAI's readers (x first), see
-    :class:`~bundle.transforms.OrientSlicesd` for the order that the networks see. ``meta`` gains ``modality`` (``"8bit"``
-    for 8-bit images, the DICOM modality, or ``""``) and keeps ``affine``, in mm for NIfTI and DICOM; pixels of other
-    formats have side 1.
+    :class:`~bundle.transforms.OrientSlicesd` for the order that the networks see. ``meta`` holds ``modality``
+    (``"8bit"`` for 8-bit images, the DICOM modality, or ``""``) and the affine, in mm for NIfTI and DICOM; pixels of
+    other formats have side 1.
 
     Args:
         keys: what to load, paths to files, or to a folder with one DICOM series.
@@ -66,18 +66,22 @@ def load_case(path: str | os.PathLike) -> MetaTensor:
     reader, kind = _reader_of(Path(path))
     try:
         pixels, header = reader.get_data(reader.read(path))
-        image = EnsureChannelFirst()(MetaTensor(torch.from_numpy(np.array(pixels, dtype=np.float32)), meta=header))
+        image = cast(
+            MetaTensor,
+            EnsureChannelFirst()(MetaTensor(torch.from_numpy(np.array(pixels, dtype=np.float32)), meta=header)),
+        )
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BundleError(
             f"cannot read '{path}' ({reason}): replace the file, or skip such files with --on_error skip"
         ) from error
     if image.ndim == 3:
-        image = image[..., None]
+        image = cast(MetaTensor, image[..., None])
     # color is for pictures: a fourth axis of a volume is time or contrast
     if image.ndim != 4 or image.shape[0] not in ((1,) if kind == "nifti" else (1, 3)):
         raise BundleError(
-            f"'{path}' has {pixels.ndim} axes of {'x'.join(map(str, pixels.shape))}: give a 2D image or a 3D volume, one of a 4D file"
+            f"'{path}' has {pixels.ndim} axes of {'x'.join(map(str, pixels.shape))}: give a 2D image or a 3D volume, "
+            "one of a 4D file"
         )
     if min(image.shape[1:3]) < MIN_SIDE:
         raise BundleError(

@@ -7,8 +7,10 @@ import re
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import torch
 from monai.config.type_definitions import NdarrayOrTensor
 from monai.transforms import Transform
+from torch import Tensor
 
 from bundle.errors import BundleError
 
@@ -18,17 +20,18 @@ _COMPARISONS = {">": operator.gt, ">=": operator.ge, "==": operator.eq}
 class ReadMaskd(Transform):
     """Decide which mask values count as anomalous, and which images.
 
-    ``mask`` becomes 0 or 1. A healthy case without a mask gets one of zeros; an anomalous case without a mask keeps none,
-    and counts for image metrics only. A case without ``label`` is anomalous if its mask is not empty.
+    ``mask`` becomes 0 or 1. A healthy case without a mask gets one of zeros; an anomalous case without a mask keeps
+    none, and counts for image metrics only. A case without ``label`` is anomalous if its mask is not empty.
 
     Args:
-        rule: ``>0``, ``==255``, ... see :func:`bundle.metrics.apply_mask_rule`.
+        rule: ``>0``, ``==255``, ... see :func:`apply_mask_rule`.
 
     Raises:
-        BundleError: if a case has neither a label nor a mask.
+        BundleError: if the rule is misspelt, or a case has neither a label nor a mask.
     """
 
     def __init__(self, rule: str = ">0") -> None:
+        _parsed(rule)
         self.rule = rule
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -36,7 +39,8 @@ class ReadMaskd(Transform):
         case = dict(data)
         if "mask" in case:
             # of a color mask the first channel decides
-            case["mask"] = apply_mask_rule(case["mask"][:1], self.rule).to(case["mask"].dtype)
+            mask: Tensor = case["mask"][:1]
+            case["mask"] = torch.as_tensor(apply_mask_rule(mask, self.rule)).to(mask.dtype)
             case.setdefault("label", int(case["mask"].any()))
         elif "label" not in case:
             raise BundleError(f"test image '{case['name']}' has neither label nor mask: add one to the datalist")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform, Orientation, Transform
+from monai.utils import ensure_tuple
 
 from bundle.errors import BundleError, check_choice
 
@@ -62,20 +63,20 @@ class OrientSlicesd(MapTransform, InvertibleTransform):
 def _orient(image: MetaTensor, axcodes: str) -> MetaTensor:
     orientation = Orientation(axcodes=axcodes, labels=(("L", "R"), ("P", "A"), ("I", "S")))
     with orientation.trace_transform(False):
-        return orientation(image)
+        return cast(MetaTensor, orientation(image))
 
 
 class ExtractSlicesd(Transform):
     """Cut [C, rows, columns, slices] into a list of slices [C, rows, columns], each a case of its own.
 
-    Every slice carries in its ``meta`` the ``slice_index``, the ``affine`` of its own pixels (of [row, column, 0] to mm)
-    and the ``spacing`` (row, column, slice) in mm.
+    Every slice carries in its ``meta`` the ``slice_index``, the ``affine`` of its own pixels (of [row, column, 0] to
+    mm) and the ``spacing`` (row, column, slice) in mm.
 
     Args:
         keys: ``image`` and whatever shares its grid; the filters look at the first key.
         first, last: share of the stack, in [0, 1], where the range of slices begins and ends.
-        min_foreground: share of pixels above 0, in [0, 1], that a slice must have; the only slice of a flat image always
-            stays.
+        min_foreground: share of pixels above 0, in [0, 1], that a slice must have; the only slice of a flat image
+            always stays.
 
     Raises:
         BundleError: if a share is out of range, or no slice of a volume is left.
@@ -88,7 +89,7 @@ class ExtractSlicesd(Transform):
             raise BundleError(f"slice_range must satisfy 0 <= first < last <= 1, got {first} and {last}: try 0 and 1")
         if not 0 <= min_foreground <= 1:
             raise BundleError(f"min_foreground must be in [0, 1], got {min_foreground}: try 0.05")
-        self.keys = (keys,) if isinstance(keys, str) else tuple(keys)
+        self.keys = ensure_tuple(keys)
         self.first = first
         self.last = last
         self.min_foreground = min_foreground
@@ -104,8 +105,8 @@ class ExtractSlicesd(Transform):
         ]
         if not chosen:
             raise BundleError(
-                f"'{data.get('name', 'a volume')}' has no slice with a foreground share of at least {self.min_foreground}: "
-                "lower min_foreground, or check the intensity scheme"
+                f"'{data.get('name', 'a volume')}' has no slice with a foreground share of at least "
+                f"{self.min_foreground}: lower min_foreground, or check the intensity scheme"
             )
         present = [key for key in self.keys if key in data]
         return [{**data, **{key: _slice(data[key], index) for key in present}} for index in chosen]

@@ -1,0 +1,301 @@
+"""What to train, validate, test and infer on: from a folder or a datalist to lists of cases.
+
+A case is a dictionary: ``image`` (path), ``name`` (unique, used for outputs), and for labeled sets ``mask`` (path) and
+``label`` (1 if anomalous). All files are read once before work begins, so that a bad one is named in the first seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from pydicom import dcmread
+from pydicom.errors import InvalidDicomError
+from tqdm import tqdm
+
+from bundle.data.cohort import make_sample_cohort
+from bundle.errors import BundleError, check_choice
+from bundle.transforms.loading import DICOM_SUFFIXES, FLAT_SUFFIXES, SUFFIXES
+
+Case: TypeAlias = dict[str, Any]
+
+SPLITS = ("training", "validation", "test")
+VALIDATION_SHARE = 0.1  # of the healthy training cases, where a set brings no healthy validation cases of its own
+
+# The spellings of BMAD's folders
+_SPLIT_FOLDERS = {"training": ("train",), "validation": ("valid", "val", "validation"), "test": ("test",)}
+_CLASS_FOLDERS = {0: ("good",), 1: ("ungood", "bad", "anomaly")}
+_IMAGE_FOLDERS = ("img", "images", "image")
+_MASK_FOLDERS = ("label", "labels", "anomaly_mask", "mask", "masks")
+
+logger = logging.getLogger(__name__)
+
+
+def read_splits(
+    dataset_dir: str | os.PathLike,
+    transform: Callable[[Case], Any],
+    cohort_dir: str | os.PathLike | None = None,
+    on_error: str = "raise",
+    seed: int = 0,
+    needed: Sequence[str] = SPLITS,
+) -> dict[str, list[Case]]:
+    """The readable cases of each split of a data set, see :func:`find_splits` and :func:`readable`.
+
+    Args:
+        dataset_dir: see :func:`find_splits`.
+        transform: reads a case.
+        cohort_dir: where the synthetic sample cohort belongs; it is made if ``dataset_dir`` lies in there and is
+            missing.
+        on_error: ``raise`` or ``skip``.
+        seed: see :func:`find_splits`.
+        needed: the splits that are read; the others stay empty.
+
+    Raises:
+        BundleError: for bad data, or if a split that alone is needed is empty.
+    """
+    path = Path(dataset_dir)
+    if cohort_dir is not None and not path.exists() and Path(cohort_dir).resolve() in path.resolve().parents:
+        make_sample_cohort(cohort_dir)
+    splits = find_splits(path, seed, needed)
+    if list(needed) == ["test"] and not splits["test"]:
+        raise BundleError(f"'{path}' has no test images: put them into test/good and test/Ungood")
+    every = readable([case for split in SPLITS for case in splits[split]], transform, on_error)
+    kept = {id(case) for case in every}
+    splits = {split: [case for case in cases if id(case) in kept] for split, cases in splits.items()}
+    for split in needed:
+        if split != "test" and not splits[split]:
+            raise BundleError(f"no image of the {split} split of '{path}' can be read: check the files")
+    return splits
+
+
+def find_splits(dataset_dir: str | os.PathLike, seed: int = 0, needed: Sequence[str] = SPLITS) -> dict[str, list[Case]]:
+    """The cases of each split of a data set; nothing is read but names.
+
+    Args:
+        dataset_dir: a folder in BMAD layout (``train/good``, ``valid``, ``test``, in any of BMAD's spellings), a folder
+            of healthy images or volumes, or a MONAI datalist JSON with the lists ``training``, ``validation``,
+            ``test``, whose items have ``image`` and for tests ``label`` (0, 1, or the path of a mask) or ``mask``.
+        seed: chooses the healthy validation cases where the set brings none.
+        needed: the splits that are looked for; the others stay empty.
+
+    Returns:
+        ``training``, ``validation``, ``test``: lists of cases; the first two hold healthy cases only, since nothing may
+        be chosen by anomalous ones.
+
+    Raises:
+        BundleError: if the folder is missing or empty, a mask is missing, or fewer than two healthy images are found.
+    """
+    path = Path(dataset_dir)
+    if not path.exists():
+        raise BundleError(
+            f"no data at '{path}': give --dataset_dir a BMAD folder, a folder of healthy images or a datalist"
+        )
+    if path.is_file():
+        splits = _from_datalist(path)
+    elif any(_subfolder(path, _SPLIT_FOLDERS[split]) for split in ("training", "test")):
+        splits = _from_bmad(path)
+    else:
+        splits = {"training": _unlabeled(path), "validation": [], "test": []}
+    if "training" in needed:
+        splits |= _healthy(splits, path, seed)
+    return {split: splits[split] if split in needed else [] for split in SPLITS}
+
+
+def _healthy(splits: dict[str, list[Case]], path: Path, seed: int) -> dict[str, list[Case]]:
+    """Training and validation cases, the latter taken from the former where there are none."""
+    training = splits["training"]
+    if any(case.get("label") for case in training):
+        raise BundleError(
+            f"'{path}' lists anomalous training images: training must be healthy, move them to the test split"
+        )
+    if not training:
+        raise BundleError(f"no training images in '{path}': put healthy images into train/good")
+    validation = [case for case in splits["validation"] if not case.get("label")]
+    if not validation:
+        if len(training) < 2:
+            raise BundleError(
+                f"'{path}' has {len(training)} healthy image: at least 2 are needed, one to train and one to calibrate"
+            )
+        training = random.Random(seed).sample(training, len(training))
+        count = max(1, round(VALIDATION_SHARE * len(training)))
+        training, validation = training[count:], training[:count]
+        logger.info(f"no healthy validation images in '{path}': {count} of the training images serve")
+    return {"training": training, "validation": validation}
+
+
+def find_images(dataset_dir: str | os.PathLike) -> list[Case]:
+    """Every image below a folder, or the one file, as unlabeled cases; folders of masks are passed over.
+
+    Raises:
+        BundleError: if there is none.
+    """
+    path = Path(dataset_dir)
+    if not path.exists():
+        raise BundleError(f"no file or folder at '{path}': give --dataset_dir an image, a volume or a folder of them")
+    return _unlabeled(path)
+
+
+def readable(cases: list[Case], transform: Callable[[Case], Any], on_error: str = "raise") -> list[Case]:
+    """The cases that can be read.
+
+    Args:
+        cases: to read, each once.
+        transform: reads a case; raises :class:`BundleError` if it is bad.
+        on_error: ``raise`` at the first bad case, or ``skip``: warn of each bad case, count them, and go on.
+
+    Raises:
+        BundleError: at the first bad case, or if none can be read.
+    """
+    check_choice("on_error", on_error, ("raise", "skip"))
+
+    def problem(case: Case) -> BundleError | None:
+        try:
+            transform(case)
+        except BundleError as error:
+            return error
+        return None
+
+    good: list[Case] = []
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        pending = zip(cases, pool.map(problem, cases), strict=True)
+        for case, error in tqdm(pending, desc="reading images", total=len(cases), leave=False):
+            if error is None:
+                good.append(case)
+            elif on_error == "raise":
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise error
+            else:
+                logger.warning(f"skipped: {error}")
+    if len(good) < len(cases):
+        logger.warning(f"skipped {len(cases) - len(good)} of {len(cases)} images that cannot be read")
+    if cases and not good:
+        raise BundleError(
+            f"none of {len(cases)} images can be read, the first is '{cases[0]['image']}': check the files"
+        )
+    return good
+
+
+def _unlabeled(path: Path) -> list[Case]:
+    files = [path] if path.is_file() else list(_images_below(path))
+    if not files:
+        raise BundleError(f"no image in '{path}': put {', '.join(SUFFIXES)} files there, or give another folder")
+    return _named([{"image": str(file)} for file in files], path if path.is_dir() else path.parent)
+
+
+def _from_bmad(root: Path) -> dict[str, list[Case]]:
+    splits = {}
+    for split in SPLITS:
+        folder = _subfolder(root, _SPLIT_FOLDERS[split])
+        cases = [] if folder is None else [case for label in (0, 1) for case in _bmad_class(folder, label)]
+        splits[split] = _named(cases, root)
+    return splits
+
+
+def _bmad_class(split: Path, label: int) -> Iterator[Case]:
+    """The cases of one class in ``split``, from ``good/img``, ``good`` itself, or ``img/good``."""
+    by_kind = _subfolder(split, _IMAGE_FOLDERS)  # img/good and label/good
+    if by_kind:
+        images = _subfolder(by_kind, _CLASS_FOLDERS[label])
+        mask_root = _subfolder(split, _MASK_FOLDERS)
+        masks = _subfolder(mask_root, _CLASS_FOLDERS[label]) if mask_root else None
+        has_masks = mask_root is not None
+    else:  # good/img and good/label
+        folder = _subfolder(split, _CLASS_FOLDERS[label])
+        images = folder and (_subfolder(folder, _IMAGE_FOLDERS) or folder)
+        masks = folder and _subfolder(folder, _MASK_FOLDERS)
+        has_masks = masks is not None
+    if images is None:
+        return
+    by_stem = {_stem(file): file for file in _images_below(masks)} if masks else {}
+    for image in _images_below(images):
+        case: Case = {"image": str(image), "label": label}
+        mask = by_stem.get(_stem(image))
+        if mask is not None:
+            case["mask"] = str(mask)
+        elif label == 1 and has_masks:
+            raise BundleError(f"no mask for '{image}': put a file of the same name into '{masks or mask_root}'")
+        yield case
+
+
+def _from_datalist(path: Path) -> dict[str, list[Case]]:
+    try:
+        lists = dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read datalist '{path}' ({error}): give a JSON file, or a folder") from error
+    splits = {}
+    for split in SPLITS:
+        items = lists.get(split) or (lists.get("testing") if split == "test" else None) or []
+        splits[split] = _named([_datalist_case(item, split, path) for item in items], path.parent)
+    return splits
+
+
+def _datalist_case(item: Any, split: str, datalist: Path) -> Case:
+    item = item if isinstance(item, dict) else {"image": item}
+    if "image" not in item:
+        raise BundleError(f"an item of '{split}' in '{datalist}' has no 'image': {json.dumps(item)[:100]}")
+    case: Case = {"image": str(datalist.parent / item["image"])}
+    label = item.get("label")
+    mask = item.get("mask", label if isinstance(label, str) else None)
+    if mask is not None:
+        case["mask"] = str(datalist.parent / mask)
+    if isinstance(label, int):
+        case["label"] = int(bool(label))
+    return case
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    """Image files below ``folder`` in order of name; a folder of one DICOM series is one image."""
+    for directory, subfolders, names in os.walk(folder):
+        subfolders[:] = sorted(name for name in subfolders if name.lower() not in _MASK_FOLDERS)
+        files = [Path(directory) / name for name in sorted(names)]
+        slices = [file for file in files if file.name.lower().endswith(DICOM_SUFFIXES)]
+        if len(slices) > 1 and len({_series(file) for file in slices}) == 1:
+            yield Path(directory)
+            files = [file for file in files if file not in slices]
+        yield from (file for file in files if file.name.lower().endswith(SUFFIXES))
+
+
+def _series(file: Path) -> str:
+    try:
+        return str(
+            dcmread(file, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]).get("SeriesInstanceUID", file)
+        )
+    except (InvalidDicomError, OSError):
+        return str(file)
+
+
+def _stem(file: Path) -> str:
+    """File name without the suffix, of which ``.nii.gz`` is one."""
+    suffix = next((s for s in SUFFIXES if file.name.lower().endswith(s)), "")
+    return file.name[: len(file.name) - len(suffix)]
+
+
+def _named(cases: list[Case], root: Path) -> list[Case]:
+    """Give each case its path below ``root`` without suffix as name; suffixes stay where two names would be equal."""
+    files = [Path(case["image"]) for case in cases]
+    short = [_below(file.with_name(_stem(file)), root) for file in files]
+    count = Counter(short)
+    for case, name, file in zip(cases, short, files, strict=True):
+        case["name"] = name if count[name] == 1 else _below(file, root).replace(".", "_")
+    return cases
+
+
+def _below(file: Path, root: Path) -> str:
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+
+
+def _subfolder(folder: Path, spellings: Iterable[str]) -> Path | None:
+    """The subfolder of ``folder`` that has one of the ``spellings``, in any case."""
+    return next((sub for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.name.lower() in spellings), None)
+
+
+def is_flat(path: str | os.PathLike) -> bool:
+    """Whether the file is a picture without geometry (PNG, JPEG, BMP, TIFF)."""
+    return str(path).lower().endswith(FLAT_SUFFIXES)

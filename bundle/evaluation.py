@@ -1,0 +1,146 @@
+"""The report of an evaluation: metrics with their protocol, a line per image, figures, and a table for the reader."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ignite.engine import Engine, Events
+
+from bundle.data.cases import Case
+from bundle.figures import curves, gallery, picture
+from bundle.metrics import METRIC_NAMES, AnomalyMetric
+from bundle.networks.detector import AnomalyDetector
+from bundle.outputs import write_csv
+from bundle.provenance import data_words, model_words
+from bundle.tracking import Tracker
+
+EXAMPLES_PER_CLASS = 3
+
+
+class EvaluationReport:
+    """A handler of the evaluation engine that writes the report into ``output_dir``.
+
+    ``metrics.json`` and ``metrics.csv``: the metrics (null where a class is missing) and the protocol they follow;
+    ``test_scores.csv``: a line per test image; ``test_examples.png`` and ``test_curves.png``.
+
+    Args:
+        output_dir: the folder.
+        metric: attached to the same engine.
+        detector: with the threshold of its checkpoint.
+        data: the test cases; a few of each class, always the same, are shown.
+        dataset_dir: for the words about the data.
+        protocol: how the numbers were made: size, mask rule, ... (plain JSON values).
+        tracker: logs numbers and figures.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        metric: AnomalyMetric,
+        detector: AnomalyDetector,
+        data: list[Case],
+        dataset_dir: str | os.PathLike,
+        protocol: dict[str, Any],
+        tracker: Tracker,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.metric = metric
+        self.detector = detector
+        self.protocol = protocol
+        self.data_words = data_words(dataset_dir)
+        self.tracker = tracker
+        self.shown = {
+            name for label in (0, 1) for name in _spread([c["name"] for c in data if c.get("label") == label])
+        }
+        self.examples: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the evaluation engine."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.note)
+        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def note(self, engine: Engine) -> None:
+        """Keep the scores of the current batch, and the pictures of the few that are shown."""
+        state: Any = engine.state
+        for case, found in zip(state.batch, state.output, strict=True):
+            score = float(found["pred_score"])
+            self.rows.append({"name": case["name"], "label": int(case["label"]), "score": score})
+            if case["name"] in self.shown:
+                worst = int(found["pred_worst_slice"])
+                image = picture(case["image"].as_tensor(), worst)
+                mask = case["mask"].numpy()[0, ..., worst] > 0 if "mask" in case else None
+                map_ = found["pred_map"].numpy()[0, ..., worst]
+                self.examples.append({"name": case["name"], "image": image, "map": map_, "mask": mask, "score": score})
+
+    def write(self, engine: Engine) -> None:
+        """Write the files, log them and print the table."""
+        metrics = {name: engine.state.metrics[name] for name in METRIC_NAMES}
+        model = model_words(self.detector.describe())
+        title = f"{model}\n{self.data_words}"
+        threshold = float(self.detector.threshold)
+        report = {
+            **metrics,
+            "threshold": threshold,
+            "images": {
+                "healthy": sum(not row["label"] for row in self.rows),
+                "anomalous": sum(row["label"] for row in self.rows),
+            },
+            "protocol": self.protocol,
+            "model": model,
+            "data": self.data_words,
+            "identity": self.detector.describe(),
+        }
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        write_csv(self.output_dir / "test_scores.csv", self.rows, ["name", "label", "score"])
+        row = {**metrics, "threshold": threshold, **self.protocol, "model": model, "data": self.data_words}
+        write_csv(self.output_dir / "metrics.csv", [row], list(row))
+        figures = {"test_examples.png": gallery(self.examples, threshold, title)}
+        pooled = self.metric.pooled  # of all processes
+        roc, precision_recall = (pooled.roc_curve(), pooled.pr_curve()) if pooled else (None, None)
+        if roc and precision_recall:
+            figures["test_curves.png"] = curves(roc, precision_recall, title)
+        for name, figure in figures.items():
+            figure.savefig(self.output_dir / name, dpi=100)
+        write_json(self.output_dir / "metrics.json", report)
+        self.tracker.log(metrics, {"report": [self.output_dir / "metrics.json"]})
+        self.tracker.log({}, {"figures": [self.output_dir / name for name in figures]})
+        print(self.table(report))
+
+    def table(self, report: dict[str, Any]) -> str:
+        """The report for a terminal."""
+        rule = "-" * 60
+        numbers = [
+            f"{name:<22}{'not defined' if report[name] is None else f'{report[name]:.4f}'}" for name in METRIC_NAMES
+        ]
+        protocol = ", ".join(f"{key} {value}" for key, value in report["protocol"].items())
+        images = f"{report['images']['healthy']} healthy and {report['images']['anomalous']} anomalous test images"
+        lies = f"metrics.json, metrics.csv, test_scores.csv and figures are in {self.output_dir.resolve()}"
+        return "\n".join([rule, report["model"], report["data"], images, rule, *numbers, rule, protocol, lies, rule])
+
+
+def results(output: list[dict[str, Any]]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """What :class:`~bundle.metrics.AnomalyMetric` takes, from the output of the engine.
+
+    Maps and masks as [slices, rows, columns], masks None where they are not known.
+    """
+    maps = [found["pred_map"][0].movedim(-1, 0) for found in output]
+    masks = [found["true_mask"][0].movedim(-1, 0) if "true_mask" in found else None for found in output]
+    return maps, masks, [found["pred_score"] for found in output], [found["label"] for found in output]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, at once or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def _spread(names: list[str]) -> list[str]:
+    """A few names, evenly spread over the list."""
+    count = min(EXAMPLES_PER_CLASS, len(names))
+    return [names[index] for index in np.linspace(0, len(names) - 1, count).round().astype(int)] if count else []

@@ -1,0 +1,77 @@
+"""Where a result comes from: data, weights, code. These words travel with every output."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bundle import __version__
+from bundle.data.cases import Case
+from bundle.networks.detector import AnomalyDetector
+
+NAME = "dinov3_spatial_ar"
+_HEAD_BYTES = 2**20
+
+
+def data_fingerprint(cases: Iterable[Case]) -> str:
+    """A sha256 over names, sizes and the first MiB of all images and masks: equal for equal data in any folder."""
+    digest = hashlib.sha256()
+    for case in cases:
+        digest.update(case["name"].encode())
+        for file in (Path(case[key]) for key in ("image", "mask") if key in case):
+            for part in sorted(file.iterdir()) if file.is_dir() else [file]:
+                digest.update(str(part.stat().st_size).encode())
+                with part.open("rb") as stream:
+                    digest.update(stream.read(_HEAD_BYTES))
+    return digest.hexdigest()
+
+
+def git_commit(folder: str | os.PathLike) -> str:
+    """The commit of the checkout in ``folder``, ``+changes`` if it has any, or ``unknown``."""
+    try:
+        ask = ["git", "-C", str(folder)]
+        commit = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*ask, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit}+changes" if changes else commit
+
+
+def is_synthetic(path: str | os.PathLike) -> bool:
+    """Whether the data are of the sample cohort."""
+    folder = Path(path).resolve()
+    return any((parent / "cohort.json").is_file() for parent in (folder, *folder.parents))
+
+
+def run_tags(
+    detector: AnomalyDetector,
+    splits: Mapping[str, list[Case]],
+    dataset_dir: str | os.PathLike,
+    bundle_root: str | os.PathLike,
+) -> dict[str, str]:
+    """The tags of an MLflow run: backbone, hash of its weights, fingerprint of the data, commit of the code."""
+    identity = detector.describe()
+    return {
+        "backbone": identity["backbone"],
+        "weights": identity["weights"],
+        "data": data_words(dataset_dir),
+        "data_fingerprint": data_fingerprint(case for cases in splits.values() for case in cases),
+        "git_commit": git_commit(bundle_root),
+        "version": __version__,
+    }
+
+
+def data_words(dataset_dir: str | os.PathLike) -> str:
+    """The data set in words, with SYNTHETIC where it is."""
+    return f"{'SYNTHETIC sample cohort ' if is_synthetic(dataset_dir) else ''}{dataset_dir}"
+
+
+def model_words(identity: dict[str, Any]) -> str:
+    """Bundle, version, backbone and weights in a few words, RANDOM where the weights are."""
+    weights = str(identity["weights"])
+    kind = "RANDOM WEIGHTS" if weights.startswith("random") else f"weights {weights[:12]}"
+    return f"{NAME} {__version__}, {identity['backbone']}, {kind}"

@@ -1,0 +1,183 @@
+"""Every spelling of a data set is found, and what is wrong with one is named."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.data import get_testdata_file
+
+from bundle.data import find_images, find_splits, readable
+from bundle.errors import BundleError
+from bundle.transforms import LoadCased
+
+
+def picture(path: Path, size=(20, 20), value=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, value).save(path)
+
+
+def bmad(root: Path, train="train/good", valid="valid", ungood="Ungood", label="label", by_kind=False, suffix="png"):
+    """A tiny set in one of BMAD's spellings: 2 healthy to train on, 1 + 1 to validate, 1 + 2 to test."""
+    for name in ("h1", "h2"):
+        picture(root / train / f"{name}.{suffix}")
+    for split, anomalous in ((valid, ["v2"]), ("test", ["t2", "t3"])):
+        for group, names in (("good", [f"{split[0]}1"]), (ungood, anomalous)):
+            for name in names:
+                image, mask = (f"img/{group}", f"{label}/{group}") if by_kind else (f"{group}/img", f"{group}/{label}")
+                picture(root / split / image / f"{name}.{suffix}")
+                picture(root / split / mask / f"{name}.png", value=255 if group == ungood else 0)
+    return root
+
+
+SPELLINGS = {
+    "plain": {},
+    "images in img": {"train": "train/good/img"},
+    "val": {"valid": "val"},
+    "lower case": {"ungood": "ungood"},
+    "anomaly_mask": {"label": "anomaly_mask"},
+    "kind before class": {"by_kind": True},
+    "jpeg images, png masks": {"suffix": "jpg"},
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_finds_every_spelling_of_bmad(tmp_path, spelling):
+    splits = find_splits(bmad(tmp_path, **SPELLINGS[spelling]))
+    assert len(splits["training"]) == 2
+    assert [case["label"] for case in splits["validation"]] == [0]
+    assert [(case["label"], Path(case["image"]).stem, Path(case["mask"]).stem) for case in splits["test"]] == [
+        (0, "t1", "t1"),
+        (1, "t2", "t2"),
+        (1, "t3", "t3"),
+    ]
+
+
+def test_names_are_unique_and_keep_subfolders(tmp_path):
+    splits = find_splits(bmad(tmp_path))
+    assert [case["name"] for case in splits["test"]] == ["test/good/img/t1", "test/Ungood/img/t2", "test/Ungood/img/t3"]
+
+
+def test_equal_names_keep_their_suffixes(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "a.bmp")
+    assert sorted(case["name"] for case in find_images(tmp_path)) == ["a_bmp", "a_png"]
+
+
+def test_a_set_with_image_labels_only_has_no_masks(tmp_path):
+    for split, group in (("train", "good"), ("test", "good"), ("test", "Ungood")):
+        picture(tmp_path / split / group / "a.png")
+        picture(tmp_path / split / group / "b.png")
+    found = [(case["label"], "mask" in case) for case in find_splits(tmp_path)["test"]]
+    assert found == [(0, False)] * 2 + [(1, False)] * 2
+
+
+def test_a_plain_folder_is_healthy_and_part_of_it_validates(tmp_path):
+    for index in range(20):
+        picture(tmp_path / "deep" / f"{index:02}.png")
+    splits = find_splits(tmp_path, seed=1)
+    names = [{case["name"] for case in splits[split]} for split in ("training", "validation", "test")]
+    assert [len(split) for split in names] == [18, 2, 0]
+    assert not names[0] & names[1]
+    assert splits == find_splits(tmp_path, seed=1)
+    assert splits != find_splits(tmp_path, seed=2)
+
+
+def test_reads_a_monai_datalist(tmp_path):
+    lists = {
+        "training": [{"image": "a.nii.gz"}, "b.nii.gz"],
+        "validation": [{"image": "c.nii.gz", "label": 0}],
+        "test": [{"image": "d.nii.gz", "label": "d_seg.nii.gz"}, {"image": "e.nii.gz", "label": 0}],
+    }
+    (tmp_path / "datalist.json").write_text(json.dumps(lists))
+    splits = find_splits(tmp_path / "datalist.json")
+    assert [case["name"] for case in splits["training"]] == ["a", "b"]
+    assert splits["test"][0]["mask"] == str(tmp_path / "d_seg.nii.gz")
+    assert splits["test"][1]["label"] == 0
+
+
+def test_a_folder_of_one_dicom_series_is_one_image(tmp_path):
+    slice_ = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
+    for index in range(3):
+        slice_.SOPInstanceUID = f"1.2.3.{index}"
+        slice_.file_meta.MediaStorageSOPInstanceUID = slice_.SOPInstanceUID
+        slice_.InstanceNumber = index + 1
+        slice_.ImagePositionPatient = [-158.1, -179.0, -75.7 + 5 * index]
+        (tmp_path / "series").mkdir(exist_ok=True)
+        slice_.save_as(tmp_path / "series" / f"{index}.dcm")
+    cases = find_images(tmp_path)
+    assert [case["name"] for case in cases] == ["series"]
+    image = LoadCased("image")(cases[0])["image"]
+    assert image.shape == (1, 128, 128, 3)
+    np.testing.assert_allclose(image.affine[:3, :3].norm(dim=0), [0.661468, 0.661468, 5.0], atol=1e-4)
+
+
+def test_inference_passes_over_masks(tmp_path):
+    names = {case["name"] for case in find_images(bmad(tmp_path) / "test")}
+    assert names == {"good/img/t1", "Ungood/img/t2", "Ungood/img/t3"}
+
+
+def test_one_file_is_enough_for_inference(tmp_path):
+    picture(tmp_path / "a.png")
+    assert find_images(tmp_path / "a.png") == [{"image": str(tmp_path / "a.png"), "name": "a"}]
+
+
+def test_volumes_in_bmad_folders_are_found(tmp_path):
+    (tmp_path / "train/good").mkdir(parents=True)
+    for name in ("a", "b"):
+        nib.save(nib.Nifti1Image(np.zeros((20, 20, 4)), np.eye(4)), tmp_path / "train/good" / f"{name}.nii.gz")
+    assert len(find_splits(tmp_path)["training"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda root: root / "missing", "no data at .*missing.*--dataset_dir"),
+        (lambda root: root, "no image in"),
+        (lambda root: picture(root / "one.png") or root, "has 1 healthy image: at least 2"),
+        (lambda root: (bmad(root) / "test/Ungood/label/t2.png").unlink() or root, r"no mask for .*t2\.png"),
+        (lambda root: (root / "list.json").write_text("{") and root / "list.json", "cannot read datalist"),
+        (lambda root: (root / "list.json").write_text("{}") and root / "list.json", "no training images"),
+        (
+            lambda r: (r / "l.json").write_text('{"training": [{"image": "a.png", "label": 1}]}') and r / "l.json",
+            "anomalous training images",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_set_is_named(tmp_path, prepare, message):
+    with pytest.raises(BundleError, match=message) as caught:
+        find_splits(prepare(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def broken_set(folder):
+    for name in ("a", "b", "c"):
+        picture(folder / f"{name}.png", size=(64, 64))
+    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:60])
+    return find_images(folder)
+
+
+def test_the_first_unreadable_image_is_named(tmp_path):
+    with pytest.raises(BundleError, match=r"cannot read .*b\.png"):
+        readable(broken_set(tmp_path), LoadCased("image"))
+
+
+def test_unreadable_images_are_named_skipped_and_counted_on_request(tmp_path, caplog):
+    good = readable(broken_set(tmp_path), LoadCased("image"), on_error="skip")
+    assert [case["name"] for case in good] == ["a", "c"]
+    assert "b.png" in caplog.text
+    assert "skipped 1 of 3 images" in caplog.text
+
+
+def test_a_set_of_unreadable_images_only_is_refused_even_when_skipping(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    with pytest.raises(BundleError, match="none of 1 images can be read"):
+        readable(find_images(tmp_path), LoadCased("image"), on_error="skip")
+
+
+def test_a_misspelt_on_error_is_named(tmp_path):
+    with pytest.raises(BundleError, match="did you mean 'skip'"):
+        readable([], LoadCased("image"), on_error="skipp")

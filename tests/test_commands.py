@@ -1,0 +1,376 @@
+"""The commands of the README, run for real on a tiny cohort, and what they leave behind."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bundle.data import make_sample_cohort
+
+ROOT = Path(__file__).parents[1]
+TRAIN = "configs/train.json"
+EVALUATE = "['configs/train.json','configs/evaluate.json']"
+INFER = "configs/inference.json"
+QUICK = {"backbone": "efficientnet_lite0", "image_size": 176, "hidden_channels": 64, "max_epochs": 8, "device": "cpu"}
+METRICS = {
+    "pixel_auroc",
+    "pixel_ap",
+    "aupro",
+    "pixel_fpr_at_95_tpr",
+    "dice",
+    "sensitivity",
+    "image_auroc",
+    "image_ap",
+}
+
+
+def command(run_id, config, launcher=(), **knobs):
+    words = [f"--{name}={value}" for name, value in knobs.items()]
+    python = [sys.executable, *launcher, "-m", "monai.bundle", "run", run_id, "--config_file", config]
+    return [*python, *words]
+
+
+def environment(**extra):
+    clean = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "DINOV3_WEIGHTS")}
+    return {**clean, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", **extra}
+
+
+def run(run_id, config, cwd=ROOT, env=None, launcher=(), **knobs):
+    return subprocess.run(
+        command(run_id, config, launcher, **knobs),
+        cwd=cwd,
+        env=environment(**(env or {})),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def succeed(*args, **kwargs):
+    done = run(*args, **kwargs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def error_line(done):
+    """The one line that the command ends with."""
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr[-3000:]
+    return lines[0]
+
+
+def query(database, statement):
+    with sqlite3.connect(database) as connection:
+        return connection.execute(statement).fetchall()
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory):
+    return make_sample_cohort(
+        tmp_path_factory.mktemp("data") / "sample_cohort", train_subjects=10, valid_subjects=3, test_subjects=8
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(cohort, tmp_path_factory):
+    """A real training on the tiny cohort."""
+    output = tmp_path_factory.mktemp("trained")
+    done = succeed("training", TRAIN, dataset_dir=cohort / "slices", output_dir=output, **QUICK)
+    return output, done
+
+
+@pytest.fixture(scope="session")
+def knobs(trained):
+    """What later commands on the trained model need."""
+    names = ("backbone", "image_size", "hidden_channels", "device")
+    return {"checkpoint": trained[0] / "model.pt", **{name: QUICK[name] for name in names}}
+
+
+def test_training_writes_model_metrics_scores_and_figures(trained):
+    output, done = trained
+    report = json.loads((output / "metrics.json").read_text())
+    assert set(report) >= METRICS
+    assert report["protocol"]["mask_rule"] == ">0"
+    assert report["protocol"]["size"] == "native"
+    assert torch.isfinite(torch.load(output / "model.pt", weights_only=True)["threshold"])
+    assert (output / "metrics.csv").read_text().startswith("pixel_auroc")
+    assert len(list(csv.DictReader((output / "test_scores.csv").open()))) == sum(report["images"].values())
+    for name in ("test_examples.png", "test_curves.png"):
+        assert min(Image.open(output / name).size) > 200
+    assert "pixel_auroc" in done.stdout
+    assert str(output) in done.stdout
+
+
+def test_lesions_score_higher_than_healthy_tissue(trained):
+    report = json.loads((trained[0] / "metrics.json").read_text())
+    assert report["pixel_auroc"] > 0.9
+    assert report["image_auroc"] > 0.55
+    assert report["sensitivity"] > 0.1
+
+
+def test_synthetic_data_are_called_synthetic(trained):
+    output, done = trained
+    assert "SYNTHETIC" in done.stdout
+    assert "SYNTHETIC" in json.loads((output / "metrics.json").read_text())["data"]
+
+
+def test_the_progress_bar_shows_loss_and_time_left(trained):
+    assert "train_loss=" in trained[1].stderr
+    assert "training: [8/8]" in trained[1].stderr
+
+
+def test_nothing_temporary_is_left(trained):
+    left = {path.name for path in trained[0].iterdir()}
+    assert left == {
+        "model.pt",
+        "metrics.json",
+        "metrics.csv",
+        "test_scores.csv",
+        "test_examples.png",
+        "test_curves.png",
+        "mlflow.db",
+        "mlruns",
+    }
+
+
+def test_a_second_training_gives_the_same_numbers(trained, cohort, tmp_path):
+    succeed("training", TRAIN, dataset_dir=cohort / "slices", output_dir=tmp_path, tracking_uri="None", **QUICK)
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (trained[0], tmp_path))
+    assert {name: first[name] for name in METRICS} == {name: second[name] for name in METRICS}
+
+
+def test_an_interrupted_training_goes_on_and_ends_as_if_it_had_not_been(trained, cohort, tmp_path):
+    arguments = {"dataset_dir": cohort / "slices", "output_dir": tmp_path, "tracking_uri": "None", **QUICK}
+    process = subprocess.Popen(
+        command("training", TRAIN, **arguments), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.time() + 300
+    while not (tmp_path / "training_state.pt").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "model.pt").exists()
+    done = succeed("training", TRAIN, **arguments)
+    assert "resuming after epoch" in done.stderr
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (trained[0], tmp_path))
+    assert {name: first[name] for name in METRICS} == {name: second[name] for name in METRICS}
+
+
+def test_evaluation_repeats_the_numbers_of_training(trained, cohort, knobs, tmp_path):
+    succeed("evaluating", EVALUATE, dataset_dir=cohort / "slices", output_dir=tmp_path, **knobs)
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (trained[0], tmp_path))
+    assert {name: first[name] for name in METRICS} == {name: second[name] for name in METRICS}
+    assert query(tmp_path / "mlflow.db", "select count(*) from runs") == [(1,)]
+
+
+def test_evaluation_at_the_size_and_mask_rule_of_a_protocol(cohort, knobs, tmp_path):
+    succeed(
+        "evaluating",
+        EVALUATE,
+        dataset_dir=cohort / "slices",
+        output_dir=tmp_path,
+        evaluation_size=64,
+        mask_rule="==255",
+        tracking_uri="None",
+        **knobs,
+    )
+    assert json.loads((tmp_path / "metrics.json").read_text())["protocol"] | {"pooling": ""} == {
+        "size": 64,
+        "mask_rule": "==255",
+        "pooling": "",
+        "aupro_fpr_limit": 0.3,
+        "threshold_false_positive_rate": 0.01,
+    }
+
+
+def test_mlflow_has_one_run_with_parameters_metrics_tags_and_artifacts(trained):
+    output = trained[0]
+    assert query(output / "mlflow.db", "select status from runs") == [("FINISHED",)]
+    parameters = dict(query(output / "mlflow.db", "select key, value from params"))
+    assert parameters["backbone"] == "efficientnet_lite0"
+    assert parameters["train.optimizer.lr"] == "0.001"
+    metrics = dict(query(output / "mlflow.db", "select key, count(*) from metrics group by key"))
+    assert metrics["train_loss"] == metrics["healthy_validation_loss"] == 8
+    assert METRICS <= set(metrics)
+    tags = dict(query(output / "mlflow.db", "select key, value from tags"))
+    assert {"backbone", "weights", "data_fingerprint", "git_commit"} <= set(tags)
+    artifacts = {path.name for path in (output / "mlruns").rglob("*") if path.is_file()}
+    expected = {"model.pt", "metrics.json", "test_examples.png", "test_curves.png", "resolved_config.json", "train.json"}
+    assert expected <= artifacts
+
+
+def test_mlflow_tracking_uri_of_the_environment_is_respected(cohort, knobs, tmp_path):
+    elsewhere = f"sqlite:///{tmp_path}/elsewhere.db"
+    out = tmp_path / "out"
+    env = {"MLFLOW_TRACKING_URI": elsewhere}
+    succeed("evaluating", EVALUATE, env=env, dataset_dir=cohort / "slices", output_dir=out, **knobs)
+    assert query(tmp_path / "elsewhere.db", "select status from runs") == [("FINISHED",)]
+    assert not (out / "mlflow.db").exists()
+
+
+@pytest.fixture(scope="session")
+def inferred(cohort, knobs, tmp_path_factory):
+    """Inference on a picture, a color JPEG in a subfolder, a 16-bit TIFF and a volume."""
+    source, output = tmp_path_factory.mktemp("input"), tmp_path_factory.mktemp("inferred")
+    picture = next((cohort / "slices/test/Ungood/img").glob("*.png"))
+    (source / "deep").mkdir()
+    shutil.copy(picture, source / "slice.png")
+    Image.open(picture).convert("RGB").save(source / "deep" / "color.jpg")
+    Image.fromarray(np.asarray(Image.open(picture)).astype(np.uint16) * 16).save(source / "sixteen.tiff")
+    volume = next((cohort / "volumes/test").glob("*_flair.nii.gz"))
+    shutil.copy(volume, source / "volume.nii.gz")
+    done = succeed("inferring", INFER, dataset_dir=source, output_dir=output, **knobs)
+    return source, output, done
+
+
+def test_inference_writes_map_mask_overlay_and_score_of_every_input(inferred):
+    source, output, _ = inferred
+    for name, suffixes in {
+        "slice": ("_map.tiff", "_mask.png"),
+        "deep/color": ("_map.tiff", "_mask.png"),
+        "sixteen": ("_map.tiff", "_mask.png"),
+        "volume": ("_map.nii.gz", "_mask.nii.gz"),
+    }.items():
+        for suffix in (*suffixes, "_overlay.png"):
+            assert (output / f"{name}{suffix}").is_file()
+    rows = list(csv.DictReader((output / "scores.csv").open()))
+    assert {row["name"] for row in rows} == {"slice", "deep/color", "sixteen", "volume"}
+    assert all(np.isfinite(float(row["score"])) for row in rows)
+
+
+def test_maps_of_pictures_have_their_rows_and_columns_and_masks_follow_the_threshold(inferred):
+    source, output, _ = inferred
+    anomaly_map = np.asarray(Image.open(output / "slice_map.tiff"))
+    assert anomaly_map.dtype == np.float32
+    assert anomaly_map.shape == np.asarray(Image.open(source / "slice.png")).shape
+    row = next(row for row in csv.DictReader((output / "scores.csv").open()) if row["name"] == "slice")
+    mask = np.asarray(Image.open(output / "slice_mask.png"))
+    np.testing.assert_array_equal(mask, (anomaly_map > float(row["threshold"])) * 255)
+
+
+def test_maps_of_volumes_keep_shape_affine_and_units(inferred):
+    source, output, _ = inferred
+    volume = nib.load(source / "volume.nii.gz")
+    for name in ("map", "mask"):
+        found = nib.load(output / f"volume_{name}.nii.gz")
+        assert found.shape == volume.shape
+        np.testing.assert_allclose(found.affine, volume.affine, atol=1e-6)
+    assert nib.load(output / "volume_map.nii.gz").get_data_dtype() == np.float32
+    assert nib.load(output / "volume_mask.nii.gz").get_data_dtype() == np.uint8
+
+
+def test_random_weights_are_named_in_every_output(cohort, tmp_path):
+    quick = {**QUICK, "weights": "random", "max_epochs": 1, "hidden_channels": 8}
+    done = succeed("training", TRAIN, dataset_dir=cohort / "slices", output_dir=tmp_path / "out", **quick)
+    assert "RANDOM WEIGHTS" in done.stdout
+    assert "RANDOM" in json.loads((tmp_path / "out/metrics.json").read_text())["model"]
+    assert "RANDOM" in (tmp_path / "out/metrics.csv").read_text()
+    tags = dict(query(tmp_path / "out/mlflow.db", "select key, value from tags"))
+    assert tags["weights"].startswith("random")
+    volume = next((cohort / "volumes/test").glob("*_flair.nii.gz"))
+    picture = next((cohort / "slices/test/good/img").glob("*.png"))
+    (tmp_path / "in").mkdir()
+    shutil.copy(volume, tmp_path / "in/v.nii.gz")
+    shutil.copy(picture, tmp_path / "in/p.png")
+    del quick["max_epochs"]
+    checkpoint = tmp_path / "out/model.pt"
+    output = tmp_path / "maps"
+    succeed("inferring", INFER, dataset_dir=tmp_path / "in", output_dir=output, checkpoint=checkpoint, **quick)
+    assert "RANDOM" in (output / "scores.csv").read_text()
+    for name in ("map", "mask"):
+        assert b"RANDOM" in nib.load(output / f"v_{name}.nii.gz").header["descrip"].tobytes()
+    assert "RANDOM" in Image.open(output / "p_map.tiff").tag_v2[270]
+    assert "RANDOM" in Image.open(output / "p_mask.png").text["Description"]
+
+
+def test_two_processes_train_together(cohort, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    config = "['configs/train.json','configs/multi_gpu_train.json']"
+    quick = {**QUICK, "max_epochs": 3}
+    env = {"OMP_NUM_THREADS": "1"}
+    folder = cohort / "slices"
+    succeed("training", config, env=env, launcher=launcher, dataset_dir=folder, output_dir=tmp_path, **quick)
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert report["pixel_auroc"] > 0.85
+    assert len(list(csv.DictReader((tmp_path / "test_scores.csv").open()))) == sum(report["images"].values())
+    assert query(tmp_path / "mlflow.db", "select status from runs") == [("FINISHED",)]
+
+
+def test_the_bundle_runs_from_its_root_without_an_installation(knobs, cohort, tmp_path):
+    """As a model zoo user has it: the folder alone."""
+    shutil.copytree(ROOT / "bundle", tmp_path / "bundle_copy/bundle")
+    shutil.copytree(ROOT / "configs", tmp_path / "bundle_copy/configs")
+    picture = next((cohort / "slices/test/Ungood/img").glob("*.png"))
+    config = str(tmp_path / "bundle_copy/configs/inference.json")
+    root = tmp_path / "bundle_copy"
+    out = tmp_path / "out"
+    succeed("inferring", config, cwd=tmp_path, bundle_root=root, dataset_dir=picture, output_dir=out, **knobs)
+    assert (out / f"{picture.stem}_map.tiff").is_file()
+
+
+BAD = {
+    "a misspelt knob": ({"max_epoch": 3}, "--max_epoch is unknown: did you mean 'max_epochs'"),
+    "a misspelt backbone": ({"backbone": "dinov3_vits61"}, "did you mean 'dinov3_vits16'"),
+    "a named backbone without weights": ({"backbone": "dinov3_vits16"}, "DINOV3_WEIGHTS"),
+    "a misspelt mode": ({"mode": "casual"}, "did you mean 'causal'"),
+    "a missing folder": ({"dataset_dir": "/nowhere"}, "no data at '/nowhere'"),
+    "text for a number": ({"max_epochs": "many"}, "--max_epochs must be a number, got 'many'"),
+    "an image size off the grid": ({"image_size": 100}, "multiples of the patch size 16: try [96, 96]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_end_in_one_line_and_leave_nothing(case, cohort, tmp_path):
+    wrong, message = BAD[case]
+    arguments = {"dataset_dir": cohort / "slices", **QUICK, **wrong}
+    done = run("training", TRAIN, output_dir=tmp_path / "out", **arguments)
+    assert message in error_line(done)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_training_image_ends_in_one_line_or_is_skipped_and_counted(cohort, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(cohort / "slices/train/good", data)
+    for path in sorted(data.iterdir())[20:]:
+        path.unlink()
+    bad = sorted(data.iterdir())[3]
+    bad.write_bytes(bad.read_bytes()[:500])
+    arguments = {"dataset_dir": data, "output_dir": tmp_path / "out", **QUICK, "max_epochs": 1}
+    assert bad.name in error_line(run("training", TRAIN, **arguments))
+    assert not (tmp_path / "out").exists()
+    done = succeed("training", TRAIN, on_error="skip", **arguments)
+    assert bad.name in done.stderr
+    assert "skipped 1 of 20 images" in done.stderr
+    assert "no test split" in done.stdout
+    assert (tmp_path / "out/model.pt").is_file()
+
+
+def test_another_backbones_checkpoint_is_refused_in_one_line(cohort, knobs, tmp_path):
+    wrong = {**knobs, "backbone": "dinov3_vits16", "weights": "random"}
+    done = run("inferring", INFER, dataset_dir=cohort / "slices/test", output_dir=tmp_path / "out", **wrong)
+    assert "'efficientnet_lite0'" in error_line(done)
+    assert "'dinov3_vits16'" in error_line(done)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_checkpoint_is_named(cohort, tmp_path):
+    done = run("inferring", INFER, dataset_dir=cohort / "slices/test", output_dir=tmp_path, backbone="efficientnet_lite0")
+    assert "no checkpoint at" in error_line(done)
