@@ -13,7 +13,7 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 from monai.bundle.scripts import run
 
-from bundle.errors import BundleError, did_you_mean
+from bundle.errors import BundleError, did_you_mean, user_error
 
 
 def start(arguments: Sequence[str] | None = None) -> None:
@@ -61,9 +61,7 @@ def check_knobs(given: dict[str, Any], config: dict[str, Any]) -> None:
 
 def show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print one line if the error, or one that it stems from, is a :class:`BundleError`; the whole trace otherwise."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, BundleError):
-        cause = cause.__cause__ or cause.__context__
+    cause = user_error(error)
     if cause is not None:
         # a data loader's worker wraps the message into the worker's trace, whose last line it is
         line = str(cause).strip().splitlines()[-1]

@@ -36,3 +36,11 @@ def check_choice(what: str, value: str, options: Iterable[str]) -> str:
     if value not in options:
         raise BundleError(f"{what} '{value}' is unknown: {did_you_mean(value, options)}")
     return value
+
+
+def user_error(error: BaseException) -> BundleError | None:
+    """The :class:`BundleError` that ``error`` is or stems from: MONAI wraps what its transforms and configs raise."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, BundleError):
+        cause = cause.__cause__ or cause.__context__
+    return cause

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
 from bundle.data.cases import Case
@@ -18,7 +20,7 @@ from bundle.outputs import write_csv
 from bundle.provenance import data_words, model_words
 from bundle.tracking import Tracker
 
-EXAMPLES_PER_CLASS = 3
+EXAMPLES = {0: 2, 1: 4}  # how many healthy and anomalous images are shown
 
 
 class EvaluationReport:
@@ -54,7 +56,9 @@ class EvaluationReport:
         self.data_words = data_words(dataset_dir)
         self.tracker = tracker
         self.shown = {
-            name for label in (0, 1) for name in _spread([c["name"] for c in data if c.get("label") == label])
+            name
+            for label, count in EXAMPLES.items()
+            for name in _spread([case["name"] for case in data if case.get("label") == label], count)
         }
         self.examples: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
@@ -78,7 +82,11 @@ class EvaluationReport:
                 self.examples.append({"name": case["name"], "image": image, "map": map_, "mask": mask, "score": score})
 
     def write(self, engine: Engine) -> None:
-        """Write the files, log them and print the table."""
+        """Write the files, log them and print the table, in the first process for all."""
+        shards: Any = idist.all_gather((self.rows, self.examples))
+        self.rows, self.examples = (sorted(chain(*part), key=itemgetter("name")) for part in zip(*shards, strict=True))
+        if idist.get_rank() > 0:
+            return
         metrics = {name: engine.state.metrics[name] for name in METRIC_NAMES}
         model = model_words(self.detector.describe())
         title = f"{model}\n{self.data_words}"
@@ -128,8 +136,8 @@ def results(output: list[dict[str, Any]]) -> tuple[list[Any], list[Any], list[An
 
     Maps and masks as [slices, rows, columns], masks None where they are not known.
     """
-    maps = [found["pred_map"][0].movedim(-1, 0) for found in output]
-    masks = [found["true_mask"][0].movedim(-1, 0) if "true_mask" in found else None for found in output]
+    maps = [found["metric_map"][0].movedim(-1, 0) for found in output]
+    masks = [found["metric_mask"][0].movedim(-1, 0) if "metric_mask" in found else None for found in output]
     return maps, masks, [found["pred_score"] for found in output], [found["label"] for found in output]
 
 
@@ -140,7 +148,7 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(partial, path)
 
 
-def _spread(names: list[str]) -> list[str]:
-    """A few names, evenly spread over the list."""
-    count = min(EXAMPLES_PER_CLASS, len(names))
-    return [names[index] for index in np.linspace(0, len(names) - 1, count).round().astype(int)] if count else []
+def _spread(names: list[str], count: int) -> list[str]:
+    """``count`` names at equal distances, always the same ones; all if there are not more."""
+    count = min(count, len(names))
+    return [names[int((index + 0.5) * len(names) / count)] for index in range(count)]

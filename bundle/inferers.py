@@ -32,7 +32,7 @@ class SliceBatchInferer(Inferer):
 
     @torch.inference_mode()
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
-        """The map of the detector ``network``, [B, 1, H, W] or [B, 1, H, W, slices], with the geometry of ``inputs``."""
+        """The map of the detector ``network``, [B, 1, H, W] or [B, 1, H, W, slices], on the grid of ``inputs``."""
         images = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         stacks = images if images.ndim == 5 else images[..., None]
         slices = stacks.movedim(-1, 1).flatten(0, 1)

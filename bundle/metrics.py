@@ -121,8 +121,6 @@ class AnomalyMetrics:
     """
 
     def __init__(self, threshold: float, fpr_limit: float = 0.3) -> None:
-        if not math.isfinite(threshold):
-            raise BundleError(f"threshold is {threshold}: calibrate one on healthy validation data")
         if not 0 < fpr_limit <= 1:
             raise BundleError(f"fpr_limit is {fpr_limit}: choose a false positive rate in (0, 1], usually 0.3")
         self.threshold = float(threshold)
@@ -165,6 +163,8 @@ class AnomalyMetrics:
         Raises:
             BundleError: if shapes disagree, scores are not finite, or masks or labels are not 0 and 1.
         """
+        if not math.isfinite(self.threshold):
+            raise BundleError(f"threshold is {self.threshold}: calibrate one on healthy validation data")
         maps = _array(anomaly_map, torch.float32)
         if maps.ndim < 2:
             raise BundleError(f"anomaly map has shape {maps.shape}: give [H, W] or [..., H, W]")
@@ -343,7 +343,7 @@ class AnomalyMetric(Metric):
     ``monai.data.DistributedSampler(even_divisible=False)``.
 
     Args:
-        threshold: see :class:`AnomalyMetrics`.
+        threshold: see :class:`AnomalyMetrics`; a tensor, such as the detector's buffer, is read when an epoch starts.
         fpr_limit: see :class:`AnomalyMetrics`.
         output_transform: from ``engine.state.output`` to (maps, masks, scores, labels), each a list with one item per
             image or a batched tensor.
@@ -357,14 +357,21 @@ class AnomalyMetric(Metric):
     pooled: AnomalyMetrics | None
 
     def __init__(
-        self, threshold: float, fpr_limit: float = 0.3, output_transform: Callable[[Any], Any] = lambda output: output
+        self,
+        threshold: float | torch.Tensor,
+        fpr_limit: float = 0.3,
+        output_transform: Callable[[Any], Any] = lambda output: output,
     ) -> None:
-        self._settings = (threshold, fpr_limit)
+        self._threshold = threshold
+        self._fpr_limit = fpr_limit
         super().__init__(output_transform, skip_unrolling=True, metrics_result_mode="flatten")
 
     def reset(self) -> None:
         """Forget everything; ignite calls this at the start of each epoch."""
-        self.local, self.pooled = AnomalyMetrics(*self._settings), None
+        self.local, self.pooled = self._empty(), None
+
+    def _empty(self) -> AnomalyMetrics:
+        return AnomalyMetrics(float(self._threshold), self._fpr_limit)
 
     def update(self, output: Any) -> None:
         """Add (maps, masks, scores, labels) of one batch; errors as in :meth:`AnomalyMetrics.update`."""
@@ -380,7 +387,7 @@ class AnomalyMetric(Metric):
     def compute(self) -> dict[str, float | None]:
         """The metrics over all ranks, the same on each; every rank has to call it."""
         self.local.flush()
-        self.pooled = AnomalyMetrics(*self._settings)
+        self.pooled = self._empty()
         for shard in cast(list[AnomalyMetrics], idist.all_gather(self.local)):
             self.pooled.merge(shard)
         return self.pooled.compute()

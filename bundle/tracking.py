@@ -32,15 +32,22 @@ class Tracker:
         command: what runs: training, evaluating.
         tags: plain texts.
         config: resolved items by id; those that are plain values become the parameters of the run.
+        config_dir: whose JSON files are kept with the run.
     """
 
     def __init__(
-        self, uri: str | None, command: str, tags: Mapping[str, str], config: Mapping[str, Any] | None = None
+        self,
+        uri: str | None,
+        command: str,
+        tags: Mapping[str, str],
+        config: Mapping[str, Any] | None = None,
+        config_dir: str | os.PathLike | None = None,
     ) -> None:
         self.uri = uri
         self.run_name = f"{command} {time.strftime('%Y-%m-%d %H:%M:%S')} {uuid.uuid4().hex[:6]}"
         self.tags = dict(tags)
         self.config = {} if config is None else config
+        self.config_files = sorted(Path(config_dir).glob("*.json")) if config_dir else []
         self._main: Any = None  # a MONAI MLFlowHandler, whose run is open
 
     def handler(self, **options: Any) -> Any:
@@ -106,6 +113,7 @@ class Tracker:
                 file = Path(folder) / "resolved_config.json"
                 file.write_text(json.dumps(config, indent=1))
                 run.client.log_artifact(run.cur_run.info.run_id, str(file), "configs")
+            self.log({}, {"configs": self.config_files})
             run.close()
 
     def fail(self) -> None:
@@ -113,6 +121,11 @@ class Tracker:
         if self._main is not None and self._main.cur_run is not None:
             self._main.run_finish_status = "FAILED"
             self._main.close()
+
+
+def epoch_logger(tracker: Tracker) -> Any:
+    """The handler by which an engine logs the metrics of its epochs into the run of ``tracker``."""
+    return tracker.handler()
 
 
 def _ending(tracker: Tracker, show: Any) -> Any:

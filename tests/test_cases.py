@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from monai.transforms import Compose
 from PIL import Image
 from pydicom.data import get_testdata_file
 
@@ -166,7 +167,7 @@ def test_the_first_unreadable_image_is_named(tmp_path):
 
 
 def test_unreadable_images_are_named_skipped_and_counted_on_request(tmp_path, caplog):
-    good = readable(broken_set(tmp_path), LoadCased("image"), on_error="skip")
+    good = readable(broken_set(tmp_path), Compose([LoadCased("image")]), on_error="skip")
     assert [case["name"] for case in good] == ["a", "c"]
     assert "b.png" in caplog.text
     assert "skipped 1 of 3 images" in caplog.text

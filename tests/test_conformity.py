@@ -52,7 +52,8 @@ def test_metadata_has_the_version_of_the_package():
 
 
 def test_no_metadata_name_makes_a_box_detector_of_the_bundle():
-    assert "detection" not in (ROOT / "configs/metadata.json").read_text().lower()
+    """MONAI Label takes a bundle with this word in its name for one."""
+    assert "detection" not in json.loads((ROOT / "configs/metadata.json").read_text())["name"].lower()
 
 
 @pytest.mark.parametrize("config", ["configs/train.json", "configs/inference.json"])
@@ -64,9 +65,7 @@ def test_the_network_takes_and_gives_what_metadata_say(config):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_a_checkpoint_exports_to_torchscript(features, tmp_path):
-    detector = AnomalyDetector(
-        features, 64, 8, preprocessing={"intensity": "auto", "slice_plane": "axial"}
-    )
+    detector = AnomalyDetector(features, 64, 8, preprocessing={"intensity": "auto", "slice_plane": "axial"})
     save_checkpoint(detector, tmp_path / "model.pt")
     ckpt_export(
         net_id="network_def",
@@ -99,10 +98,7 @@ def test_every_config_has_the_properties_of_its_workflow(name, cohort, tmp_path)
         workflow_type=kind,
         dataset_dir=str(cohort / "slices"),
         output_dir=str(tmp_path),
-        tracking_uri=None,
         **SMALL,
-    ) if kind == "train" or name == "evaluate" else create_workflow(
-        config_file=files, workflow_type=kind, dataset_dir=str(cohort / "slices"), output_dir=str(tmp_path), **SMALL
     )
     assert workflow.check_properties() == []
     workflow.finalize()
@@ -135,4 +131,9 @@ def test_a_misspelt_knob_is_refused_and_a_nested_one_is_not():
 
 def test_nothing_is_read_from_the_network_or_written_on_import():
     code = [path.read_text() for path in (ROOT / "bundle").rglob("*.py")]
-    assert not [line for text in code for line in text.splitlines() if re.match(r"import (mlflow|timm|itk)|from (mlflow|timm) ", line)]
+    assert not [
+        line
+        for text in code
+        for line in text.splitlines()
+        if re.match(r"import (mlflow|timm|itk)|from (mlflow|timm) ", line)
+    ]

@@ -21,7 +21,7 @@ from pydicom.errors import InvalidDicomError
 from tqdm import tqdm
 
 from bundle.data.cohort import make_sample_cohort
-from bundle.errors import BundleError, check_choice
+from bundle.errors import BundleError, check_choice, user_error
 from bundle.transforms.loading import DICOM_SUFFIXES, FLAT_SUFFIXES, SUFFIXES
 
 Case: TypeAlias = dict[str, Any]
@@ -158,8 +158,11 @@ def readable(cases: list[Case], transform: Callable[[Case], Any], on_error: str 
     def problem(case: Case) -> BundleError | None:
         try:
             transform(case)
-        except BundleError as error:
-            return error
+        except Exception as error:
+            found = user_error(error)
+            if found is None:
+                raise
+            return found
         return None
 
     good: list[Case] = []
