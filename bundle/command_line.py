@@ -67,7 +67,7 @@ def show_error(kind: type[BaseException], error: BaseException, trace: Traceback
         line = str(cause).strip().splitlines()[-1]
         print(f"error: {line.removeprefix('bundle.errors.BundleError: ')}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
-        print("interrupted: the same command goes on after the last whole epoch", file=sys.stderr)
+        print("interrupted: run the same command again; a training goes on after its last whole epoch", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -18,6 +18,7 @@ from bundle.data.cases import is_flat
 from bundle.figures import overlay, picture
 from bundle.networks.detector import AnomalyDetector
 from bundle.provenance import data_words, model_words
+from bundle.tracking import Tracker
 
 SCORE_COLUMNS = ("name", "image", "score", "worst_slice", "max", "anomalous_share", "threshold", "model", "data")
 _TIFF_DESCRIPTION = 270
@@ -34,14 +35,20 @@ class DetectionSaver:
         output_dir: the folder; subfolders of the input are kept.
         detector: with the threshold of its checkpoint.
         dataset_dir: for the words about the data.
+        tracker: keeps ``scores.csv``.
     """
 
     def __init__(
-        self, output_dir: str | os.PathLike, detector: AnomalyDetector, dataset_dir: str | os.PathLike
+        self,
+        output_dir: str | os.PathLike,
+        detector: AnomalyDetector,
+        dataset_dir: str | os.PathLike,
+        tracker: Tracker,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.detector = detector
         self.data = data_words(dataset_dir)
+        self.tracker = tracker
         self.rows: list[dict[str, Any]] = []
 
     def attach(self, engine: Engine) -> None:
@@ -102,6 +109,10 @@ class DetectionSaver:
     def save_scores(self) -> None:
         """Write ``scores.csv``, one line per input."""
         write_csv(self.output_dir / "scores.csv", self.rows, SCORE_COLUMNS)
+        highest = max(row["score"] for row in self.rows)
+        self.tracker.log(
+            {"inputs": len(self.rows), "highest_score": highest}, {"report": [self.output_dir / "scores.csv"]}
+        )
         print(f"{len(self.rows)} inputs: maps, masks, overlays and scores.csv are in {self.output_dir.resolve()}")
 
 

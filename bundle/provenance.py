@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def is_synthetic(path: str | os.PathLike) -> bool:
 
 def run_tags(
     detector: AnomalyDetector,
-    splits: Mapping[str, list[Case]],
+    cases: Iterable[Case],
     dataset_dir: str | os.PathLike,
     bundle_root: str | os.PathLike,
 ) -> dict[str, str]:
@@ -59,7 +59,7 @@ def run_tags(
         "backbone": identity["backbone"],
         "weights": identity["weights"],
         "data": data_words(dataset_dir),
-        "data_fingerprint": data_fingerprint(case for cases in splits.values() for case in cases),
+        "data_fingerprint": data_fingerprint(cases),
         "git_commit": git_commit(bundle_root),
         "version": __version__,
     }

@@ -165,7 +165,7 @@ def test_an_interrupted_training_goes_on_and_ends_as_if_it_had_not_been(trained,
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "the same command goes on" in errors
+    assert "goes on after its last whole epoch" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "model.pt").exists()
     done = succeed("training", TRAIN, **arguments)
@@ -247,6 +247,12 @@ def inferred(cohort, knobs, tmp_path_factory):
     shutil.copy(volume, source / "volume.nii.gz")
     done = succeed("inferring", INFER, dataset_dir=source, output_dir=output, **knobs)
     return source, output, done
+
+
+def test_inference_is_a_tracked_run_of_its_own(inferred):
+    _, output, _ = inferred
+    assert query(output / "mlflow.db", "select status from runs") == [("FINISHED",)]
+    assert dict(query(output / "mlflow.db", "select key, value from latest_metrics"))["inputs"] == 4
 
 
 def test_inference_writes_map_mask_overlay_and_score_of_every_input(inferred):
