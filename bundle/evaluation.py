@@ -104,7 +104,8 @@ class EvaluationReport:
             "identity": self.detector.describe(),
         }
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        write_csv(self.output_dir / "test_scores.csv", self.rows, ["name", "label", "score"])
+        rows = [{**row, "model": model, "data": self.data_words} for row in self.rows]
+        write_csv(self.output_dir / "test_scores.csv", rows, ["name", "label", "score", "model", "data"])
         row = {**metrics, "threshold": threshold, **self.protocol, "model": model, "data": self.data_words}
         write_csv(self.output_dir / "metrics.csv", [row], list(row))
         figures = {"test_examples.png": gallery(self.examples, threshold, title)}

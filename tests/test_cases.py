@@ -100,6 +100,12 @@ def test_reads_a_monai_datalist(tmp_path):
     assert splits["test"][1]["label"] == 0
 
 
+def test_a_mask_without_label_is_taken_for_a_lesions(tmp_path):
+    lists = {"training": ["a.png", "b.png"], "validation": ["c.png", {"image": "d.png", "mask": "d_mask.png"}]}
+    (tmp_path / "datalist.json").write_text(json.dumps(lists))
+    assert [case["name"] for case in find_splits(tmp_path / "datalist.json")["validation"]] == ["c"]
+
+
 def test_a_folder_of_one_dicom_series_is_one_image(tmp_path):
     slice_ = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
     for index in range(3):

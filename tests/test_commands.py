@@ -315,6 +315,15 @@ def test_random_weights_are_named_in_every_output(cohort, tmp_path):
     assert "RANDOM" in Image.open(output / "p_mask.png").text["Description"]
 
 
+def test_volumes_train_slice_by_slice_and_are_scored_as_studies(cohort, tmp_path):
+    quick = {**QUICK, "max_epochs": 4, "tracking_uri": "None"}
+    done = succeed("training", TRAIN, dataset_dir=cohort / "volumes/datalist.json", output_dir=tmp_path, **quick)
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert sum(report["images"].values()) == 8
+    assert report["pixel_auroc"] > 0.85
+    assert "SYNTHETIC" in done.stdout
+
+
 def test_two_processes_train_together(cohort, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     config = "['configs/train.json','configs/multi_gpu_train.json']"

@@ -87,11 +87,15 @@ WORKFLOWS = {
     "evaluate": (["configs/train.json", "configs/evaluate.json"], "infer"),
     "inference": ("configs/inference.json", "infer"),
     "paper": (["configs/train.json", "configs/paper.json"], "train"),
+    "multi_gpu_train": (["configs/train.json", "configs/multi_gpu_train.json"], "train"),
 }
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_every_config_has_the_properties_of_its_workflow(name, cohort, tmp_path):
+def test_every_config_has_the_properties_of_its_workflow(name, cohort, tmp_path, monkeypatch):
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29876"}
+    for key, value in alone.items() if name == "multi_gpu_train" else ():
+        monkeypatch.setenv(key, value)
     files, kind = WORKFLOWS[name]
     workflow = create_workflow(
         config_file=files,

@@ -111,13 +111,13 @@ def find_splits(dataset_dir: str | os.PathLike, seed: int = 0, needed: Sequence[
 def _healthy(splits: dict[str, list[Case]], path: Path, seed: int) -> dict[str, list[Case]]:
     """Training and validation cases, the latter taken from the former where there are none."""
     training = splits["training"]
-    if any(case.get("label") for case in training):
+    if not all(_is_healthy(case) for case in training):
         raise BundleError(
             f"'{path}' lists anomalous training images: training must be healthy, move them to the test split"
         )
     if not training:
         raise BundleError(f"no training images in '{path}': put healthy images into train/good")
-    validation = [case for case in splits["validation"] if not case.get("label")]
+    validation = [case for case in splits["validation"] if _is_healthy(case)]
     if not validation:
         if len(training) < 2:
             raise BundleError(
@@ -183,6 +183,11 @@ def readable(cases: list[Case], transform: Callable[[Case], Any], on_error: str 
             f"none of {len(cases)} images can be read, the first is '{cases[0]['image']}': check the files"
         )
     return good
+
+
+def _is_healthy(case: Case) -> bool:
+    """Whether the label says so; where there is only a mask, it is taken for a lesion's."""
+    return not case.get("label", "mask" in case)
 
 
 def _unlabeled(path: Path) -> list[Case]:

@@ -150,6 +150,8 @@ class LesionKind:
     pushes: bool = False
 
 
+DATALIST_NAMES = {"train": "training", "valid": "validation", "test": "test"}
+
 LESION_KINDS = {
     "bright": LesionKind(radius=(6, 13), intensity=(0.72, 0.84)),
     "dark": LesionKind(radius=(6, 13), intensity=(0.22, 0.32)),
@@ -284,12 +286,15 @@ def write_cohort(directory: Path, parameters: Parameters) -> None:
     tissues = load_tissues()
     slab = make_slab(parameters.slices_per_subject)
     rows: list[ManifestRow] = []
+    volumes: dict[str, list[dict]] = {"training": [], "validation": [], "test": []}
     for number, split, kind in tqdm(list(plan_subjects(parameters)), desc="sample cohort", unit="subject"):
         subject = synthesize(tissues, slab, parameters.seed, number, kind)
         name = f"sub-{number:04d}"
         write_volumes(directory / "volumes" / split, name, subject, slab, with_lesion=split != "train")
+        volumes[DATALIST_NAMES[split]].append(datalist_item(split, name, subject))
         rows += write_slices(directory, split, name, kind or "none", subject)
     write_manifest(directory / "manifest.csv", rows)
+    (directory / "volumes" / "datalist.json").write_text(json.dumps(volumes, indent=1) + "\n", encoding="utf-8")
     (directory / "README.txt").write_text(README, encoding="utf-8")
     files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     record = {**make_record(parameters), "files": files}
@@ -480,6 +485,14 @@ def write_volumes(folder: Path, name: str, subject: Subject, slab: Slab, with_le
     write_nifti(folder / f"{name}_flair.nii.gz", subject.image, slab.affine, np.int16, slope=1 / STEPS)
     if with_lesion:
         write_nifti(folder / f"{name}_lesion.nii.gz", subject.lesion, slab.affine, np.uint8, slope=1)
+
+
+def datalist_item(split: str, name: str, subject: Subject) -> dict:
+    """The volume as an item of a MONAI datalist, with paths relative to ``volumes``."""
+    item: dict = {"image": f"{split}/{name}_flair.nii.gz"}
+    if split != "train":
+        item |= {"mask": f"{split}/{name}_lesion.nii.gz", "label": int(subject.lesion.any())}
+    return item
 
 
 def write_nifti(path: Path, volume: np.ndarray, affine: np.ndarray, dtype: type[np.integer], slope: float) -> None:
