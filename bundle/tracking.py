@@ -28,8 +28,8 @@ class Tracker:
     wins over ``uri``. The run ends as FINISHED by :meth:`finish`; a command that fails or is interrupted leaves FAILED.
 
     Args:
-        uri: of the tracking server or database, for instance ``sqlite:////abs/mlflow.db``; None turns tracking off.
-        command: what runs: training, evaluating.
+        uri: of the tracking server or database, for instance ``sqlite:////abs/mlflow.db``; ``off`` or None for none.
+        command: what runs: training, evaluating, inferring.
         tags: plain texts.
         config: resolved items by id; those that are plain values become the parameters of the run.
         config_dir: whose JSON files are kept with the run.
@@ -43,7 +43,7 @@ class Tracker:
         config: Mapping[str, Any] | None = None,
         config_dir: str | os.PathLike | None = None,
     ) -> None:
-        self.uri = uri
+        self.uri = None if uri == "off" else uri
         self.run_name = f"{command} {time.strftime('%Y-%m-%d %H:%M:%S')} {uuid.uuid4().hex[:6]}"
         self.tags = dict(tags)
         self.config = {} if config is None else config
@@ -61,7 +61,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves the machine
         from monai.handlers import MLFlowHandler  # slow to import, with all of MLflow
 
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
+        if self.uri.startswith("sqlite:///") and not os.environ.get("MLFLOW_TRACKING_URI"):
             Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         return MLFlowHandler(
             self.uri, iteration_log=False, experiment_name=EXPERIMENT, run_name=self.run_name, **options

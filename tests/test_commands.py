@@ -149,13 +149,14 @@ def test_nothing_temporary_is_left(trained):
 
 
 def test_a_second_training_gives_the_same_numbers(trained, cohort, tmp_path):
-    succeed("training", TRAIN, dataset_dir=cohort / "slices", output_dir=tmp_path, tracking_uri="None", **QUICK)
+    succeed("training", TRAIN, dataset_dir=cohort / "slices", output_dir=tmp_path, tracking_uri="off", **QUICK)
     first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (trained[0], tmp_path))
     assert {name: first[name] for name in METRICS} == {name: second[name] for name in METRICS}
+    assert not (tmp_path / "mlflow.db").exists()  # tracking was off
 
 
 def test_an_interrupted_training_goes_on_and_ends_as_if_it_had_not_been(trained, cohort, tmp_path):
-    arguments = {"dataset_dir": cohort / "slices", "output_dir": tmp_path, "tracking_uri": "None", **QUICK}
+    arguments = {"dataset_dir": cohort / "slices", "output_dir": tmp_path, "tracking_uri": "off", **QUICK}
     process = subprocess.Popen(
         command("training", TRAIN, **arguments), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
     )
@@ -316,7 +317,7 @@ def test_random_weights_are_named_in_every_output(cohort, tmp_path):
 
 
 def test_volumes_train_slice_by_slice_and_are_scored_as_studies(cohort, tmp_path):
-    quick = {**QUICK, "max_epochs": 4, "tracking_uri": "None"}
+    quick = {**QUICK, "max_epochs": 4, "tracking_uri": "off"}
     done = succeed("training", TRAIN, dataset_dir=cohort / "volumes/datalist.json", output_dir=tmp_path, **quick)
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert sum(report["images"].values()) == 8

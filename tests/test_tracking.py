@@ -4,6 +4,8 @@ import sqlite3
 import subprocess
 import sys
 
+import pytest
+
 from bundle.tracking import Tracker, database
 
 
@@ -33,8 +35,10 @@ def test_a_command_that_fails_leaves_a_failed_run(tmp_path):
     assert statuses(tmp_path) == ["FAILED"]
 
 
-def test_without_a_uri_mlflow_is_left_alone(tmp_path):
-    tracker = Tracker(None, "training", {"backbone": "x"}, config={"seed": 0})
+@pytest.mark.parametrize("uri", [None, "off"])
+def test_tracking_can_be_turned_off(uri, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tracker = Tracker(uri, "training", {"backbone": "x"}, config={"seed": 0})
     tracker.start()
     tracker.log({"loss": 1.0}, {})
     tracker.finish()
