@@ -280,10 +280,16 @@ def test_a_batch_with_too_few_scores_is_refused():
         AnomalyMetrics(0.0).update(np.zeros((2, 4, 4)), np.zeros((2, 4, 4)), 0.0, [0, 0])
 
 
-@pytest.mark.parametrize(("settings", "name"), [((float("nan"),), "threshold"), ((0.0, 0.0), "fpr_limit")])
-def test_settings_out_of_range_are_refused(settings, name):
-    with pytest.raises(BundleError, match=name):
-        AnomalyMetrics(*settings)
+@pytest.mark.parametrize("limit", [0.0, 1.5])
+def test_an_fpr_limit_out_of_range_is_refused(limit):
+    with pytest.raises(BundleError, match="fpr_limit"):
+        AnomalyMetrics(0.0, limit)
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), float("inf")])
+def test_a_map_is_refused_while_the_threshold_is_not_calibrated(threshold):
+    with pytest.raises(BundleError, match="calibrate one"):
+        AnomalyMetrics(threshold).update(np.zeros((4, 4)), np.zeros((4, 4)), 0.0, 0)
 
 
 def test_a_volume_is_one_image_of_many_slices():
