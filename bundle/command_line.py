@@ -46,7 +46,7 @@ def check_knobs(given: dict[str, Any], config: dict[str, Any]) -> None:
     Raises:
         BundleError: for a name that the config does not have, or text where it has a number.
     """
-    knobs = {key: value for key, value in config.items() if not isinstance(value, (dict, list)) or key == "image_size"}
+    knobs = [key for key, value in config.items() if not isinstance(value, dict) and not _is_steps(value)]
     for name, value in given.items():
         top = name.replace("#", "::").split("::")[0]
         if top in signature(run).parameters or top == "_meta_":
@@ -83,6 +83,11 @@ def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
             value = arguments[index + 1]
         given[name.replace("-", "_")] = DefaultParseValue(value) if name != "config_file" else value
     return given
+
+
+def _is_steps(value: Any) -> bool:
+    """Whether the item is a list of things to do, not of numbers."""
+    return isinstance(value, list) and any(isinstance(item, (str, dict)) for item in value)
 
 
 def _included(value: Any) -> Any:

@@ -117,7 +117,7 @@ class AnomalyMetrics:
         fpr_limit: in (0, 1], upper end of the false positive rate for ``aupro``.
 
     Raises:
-        BundleError: if either is out of range.
+        BundleError: if the limit is out of range.
     """
 
     def __init__(self, threshold: float, fpr_limit: float = 0.3) -> None:

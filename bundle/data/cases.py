@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import ignite.distributed as idist
 from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 from tqdm import tqdm
@@ -62,7 +63,8 @@ def read_splits(
     """
     path = Path(dataset_dir)
     if cohort_dir is not None and not path.exists() and Path(cohort_dir).resolve() in path.resolve().parents:
-        make_sample_cohort(cohort_dir)
+        with idist.one_rank_first():  # of processes that train together one makes it, the others find it
+            make_sample_cohort(cohort_dir)
     splits = find_splits(path, seed, needed)
     if list(needed) == ["test"] and not splits["test"]:
         raise BundleError(f"'{path}' has no test images: put them into test/good and test/Ungood")
