@@ -55,11 +55,10 @@ class EvaluationReport:
         self.protocol = protocol
         self.data_words = data_words(dataset_dir)
         self.tracker = tracker
-        self.shown = {
-            name
-            for label, count in EXAMPLES.items()
-            for name in _spread([case["name"] for case in data if case.get("label") == label], count)
-        }
+        names: dict[int, list[str]] = {label: [] for label in EXAMPLES}
+        for case in data:
+            names[case.get("label", int("mask" in case))].append(case["name"])
+        self.shown = {name for label, count in EXAMPLES.items() for name in _spread(names[label], count)}
         self.examples: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
 
@@ -108,7 +107,7 @@ class EvaluationReport:
         write_csv(self.output_dir / "test_scores.csv", rows, ["name", "label", "score", "model", "data"])
         row = {**metrics, "threshold": threshold, **self.protocol, "model": model, "data": self.data_words}
         write_csv(self.output_dir / "metrics.csv", [row], list(row))
-        figures = {"test_examples.png": gallery(self.examples, threshold, title)}
+        figures = {"test_examples.png": gallery(self.examples, threshold, title)} if self.examples else {}
         pooled = self.metric.pooled  # of all processes
         roc, precision_recall = (pooled.roc_curve(), pooled.pr_curve()) if pooled else (None, None)
         if roc and precision_recall:

@@ -80,19 +80,19 @@ class DetectionSaver:
             "name": case["name"],
             "image": path,
             "score": float(found["pred_score"]),
-            "worst_slice": worst,
+            "worst_slice": _index_in_file(case["image"], anomaly_map, worst),
             "max": float(values.max()),
             "anomalous_share": float((values > threshold).mean()),
             "threshold": threshold,
             "model": model,
             "data": self.data,
         }
+        place = f" slice {row['worst_slice']}" if case["image"].shape[-1] > 1 else ""
         shown = overlay(
             picture(case["image"].as_tensor(), worst),
             found["pred_map"].numpy()[0, ..., worst],
             threshold,
-            f"{case['name']}{f' slice {worst}' if values.shape[-1] > 1 else ''}: score {row['score']:.2f}, "
-            f"threshold {threshold:.2f}. {model}. {self.data}",
+            f"{case['name']}{place}: score {row['score']:.2f}, threshold {threshold:.2f}. {model}. {self.data}",
         )
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.output_dir, prefix=".partial-") as folder:
@@ -114,6 +114,13 @@ class DetectionSaver:
             {"inputs": len(self.rows), "highest_score": highest}, {"report": [self.output_dir / "scores.csv"]}
         )
         print(f"{len(self.rows)} inputs: maps, masks, overlays and scores.csv are in {self.output_dir.resolve()}")
+
+
+def _index_in_file(stack: MetaTensor, restored: MetaTensor, index: int) -> int:
+    """Where slice ``index`` of the oriented ``stack`` lies along the axis of the file that it is a slice of."""
+    to_file = np.linalg.inv(restored.affine.numpy()) @ stack.affine.numpy()
+    axis = int(np.abs(to_file[:3, 2]).argmax())
+    return round(float((to_file @ [0, 0, index, 1])[axis]))
 
 
 def _write_flat(stem: Path, anomaly_map: np.ndarray, mask: np.ndarray, affine: np.ndarray, model: str) -> None:

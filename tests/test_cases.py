@@ -117,9 +117,26 @@ def test_a_folder_of_one_dicom_series_is_one_image(tmp_path):
         slice_.save_as(tmp_path / "series" / f"{index}.dcm")
     cases = find_images(tmp_path)
     assert [case["name"] for case in cases] == ["series"]
+    assert [case["name"] for case in find_images(tmp_path / "series")] == ["series"]
     image = LoadCased("image")(cases[0])["image"]
     assert image.shape == (1, 128, 128, 3)
     np.testing.assert_allclose(image.affine[:3, :3].norm(dim=0), [0.661468, 0.661468, 5.0], atol=1e-4)
+
+
+def test_names_never_collide(tmp_path):
+    for name in ("a.png", "a.jpg", "a_png.png"):
+        picture(tmp_path / name)
+    names = [case["name"] for case in find_images(tmp_path)]
+    assert len(set(names)) == 3
+
+
+def test_a_float_label_counts_and_another_number_is_refused(tmp_path):
+    (tmp_path / "l.json").write_text('{"training": [{"image": "a.png", "label": 1.0}, "b.png"]}')
+    with pytest.raises(BundleError, match="anomalous training images"):
+        find_splits(tmp_path / "l.json")
+    (tmp_path / "l.json").write_text('{"training": [{"image": "a.png", "label": 3}, "b.png"]}')
+    with pytest.raises(BundleError, match="must be 0, 1 or the path"):
+        find_splits(tmp_path / "l.json")
 
 
 def test_inference_passes_over_masks(tmp_path):

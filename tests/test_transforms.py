@@ -137,6 +137,27 @@ def test_axial_slices_show_anterior_on_top_and_the_patients_right_on_the_left(tm
     assert (row < 12, column < 10, index) == (True, True, 9)
 
 
+def test_a_slice_alone_looks_as_it_does_in_its_volume(tmp_path):
+    values = save_volume(tmp_path / "v.nii.gz", np.eye(4))
+    nib.save(nib.Nifti1Image(values[..., 7:8], np.eye(4)), tmp_path / "s.nii.gz")
+    read = Compose([LoadCased("image"), OrientSlicesd("image")])
+    volume, alone = (read({"image": tmp_path / f"{name}.nii.gz"})["image"] for name in "vs")
+    np.testing.assert_array_equal(alone.numpy()[..., 0], volume.numpy()[..., 7])
+
+
+def test_a_mask_at_another_place_is_refused(tmp_path):
+    save_volume(tmp_path / "v.nii.gz", AFFINES["RAS"])
+    save_volume(tmp_path / "m.nii.gz", np.eye(4))
+    with pytest.raises(BundleError, match="lie at different places"):
+        LoadCased(["image", "mask"])({"image": tmp_path / "v.nii.gz", "mask": tmp_path / "m.nii.gz"})
+
+
+def test_any_color_of_a_mask_counts():
+    mask = torch.zeros(3, 2, 2)
+    mask[1, 0, 0] = 255
+    assert ReadMaskd()({"image": torch.zeros(1, 2, 2), "mask": mask, "name": "a"})["mask"].sum() == 1
+
+
 @pytest.mark.parametrize("name", AFFINES)
 def test_each_slice_keeps_index_affine_and_spacing(tmp_path, name):
     save_volume(tmp_path / "v.nii.gz", AFFINES[name])

@@ -255,8 +255,10 @@ def _datalist_case(item: Any, split: str, datalist: Path) -> Case:
     mask = item.get("mask", label if isinstance(label, str) else None)
     if mask is not None:
         case["mask"] = str(datalist.parent / mask)
-    if isinstance(label, int):
-        case["label"] = int(bool(label))
+    if isinstance(label, (int, float)):
+        if label not in (0, 1):
+            raise BundleError(f"label {label} of '{case['image']}' in '{datalist}' must be 0, 1 or the path of a mask")
+        case["label"] = int(label)
     return case
 
 
@@ -292,13 +294,16 @@ def _named(cases: list[Case], root: Path) -> list[Case]:
     files = [Path(case["image"]) for case in cases]
     short = [_below(file.with_name(_stem(file)), root) for file in files]
     count = Counter(short)
+    taken: Counter[str] = Counter()
     for case, name, file in zip(cases, short, files, strict=True):
-        case["name"] = name if count[name] == 1 else _below(file, root).replace(".", "_")
+        name = name if count[name] == 1 else _below(file, root).replace(".", "_")
+        taken[name] += 1
+        case["name"] = name if taken[name] == 1 else f"{name}_{taken[name]}"
     return cases
 
 
 def _below(file: Path, root: Path) -> str:
-    return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+    return file.relative_to(root).as_posix() if file != root and file.is_relative_to(root) else file.name
 
 
 def _subfolder(folder: Path, spellings: Iterable[str]) -> Path | None:

@@ -31,9 +31,9 @@ class Detection(NamedTuple):
 class AnomalyDetector(nn.Module):
     """A frozen feature network, a density of its patch embeddings, and a calibration on healthy images.
 
-    Scores are in deviations above the mean of healthy validation patches ('z'), so that 3 means: three standard
-    deviations more surprising than healthy tissue; ``raw=True`` gives the squared error of the paper. Before
-    :meth:`calibrate` the two are the same and the threshold is infinite.
+    Scores are in deviations above the mean of healthy validation patches ('z'), the background included, so that 3
+    means: three standard deviations more surprising than the mean healthy patch; ``raw=True`` gives the squared error
+    of the paper. Before :meth:`calibrate` the two are the same and the threshold is infinite.
 
     What decides an output travels in the state dict: density, standardization, calibration, threshold and
     ``identity`` (backbone, hash of its weights, preprocessing, density hyper-parameters). The weights of the backbone

@@ -39,7 +39,8 @@ class LoadCased(MapTransform):
 
     Raises:
         BundleError: one line with the file and the remedy if it is missing, unreadable, truncated, of another rank than
-            2 or 3, smaller than 16x16, or holds NaN or infinite pixels; if a mask has another size than its image.
+            2 or 3, smaller than 16x16, or holds NaN or infinite pixels; if a mask has another size or affine than its
+            image.
     """
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
@@ -56,6 +57,17 @@ class LoadCased(MapTransform):
         if len(set(shapes.values())) > 1:
             sizes = ", ".join(f"'{path}' {'x'.join(map(str, shape))}" for path, shape in shapes.items())
             raise BundleError(f"image and mask differ in size ({sizes}): give a mask on the grid of its image")
+        placed = {
+            loaded[key].meta["filename_or_obj"]: loaded[key].affine
+            for key in self.key_iterator(loaded)
+            if not str(loaded[key].meta["filename_or_obj"]).lower().endswith(FLAT_SUFFIXES)
+        }
+        affines = list(placed.values())
+        if any(not torch.allclose(affine, affines[0], atol=1e-2) for affine in affines[1:]):
+            raise BundleError(
+                f"image and mask lie at different places by their affines ({', '.join(map(repr, placed))}): "
+                "give a mask on the grid of its image"
+            )
         return loaded
 
 

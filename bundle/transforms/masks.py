@@ -38,8 +38,7 @@ class ReadMaskd(Transform):
         """Add or replace ``mask`` and ``label``."""
         case = dict(data)
         if "mask" in case:
-            # of a color mask the first channel decides
-            mask: Tensor = case["mask"][:1]
+            mask: Tensor = case["mask"].amax(0, keepdim=True)  # of a color mask any color counts
             case["mask"] = torch.as_tensor(apply_mask_rule(mask, self.rule)).to(mask.dtype)
             case.setdefault("label", int(case["mask"].any()))
         elif "label" not in case:

@@ -20,13 +20,20 @@ PLANES = {
     "sagittal": "IPL",
 }
 
+# the plane of a single slice, by the direction of its normal
+_OWN_PLANE = {
+    **dict.fromkeys("SI", PLANES["axial"]),
+    **dict.fromkeys("AP", PLANES["coronal"]),
+    **dict.fromkeys("LR", PLANES["sagittal"]),
+}
+
 
 class OrientSlicesd(MapTransform, InvertibleTransform):
     """Turn [C, x, y, z] to [C, rows, columns, slices] of an anatomical plane, in radiological display order.
 
     A volume is flipped and permuted by its affine, so that the same anatomy looks the same from every file; nothing is
-    resampled. An image of one slice keeps its own plane: rows run down, columns to the right. The inverse restores the
-    axes of the file.
+    resampled. An image of one slice keeps its own plane; rows of a picture run down, columns to the right. The inverse
+    restores the axes of the file.
 
     Args:
         keys: images as :class:`~bundle.transforms.LoadCased` gives them.
@@ -46,7 +53,7 @@ class OrientSlicesd(MapTransform, InvertibleTransform):
         for key in self.key_iterator(oriented):
             image = oriented[key]
             own = "".join(nib.orientations.aff2axcodes(image.affine))
-            target = own[1] + own[0] + own[2] if image.shape[-1] == 1 else self.axcodes
+            target = _OWN_PLANE[own[2]] if image.shape[-1] == 1 else self.axcodes
             oriented[key] = _orient(image, target)
             self.push_transform(oriented[key], extra_info={"axcodes": own})
         return oriented
