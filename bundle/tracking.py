@@ -24,7 +24,7 @@ def database(folder: str | os.PathLike) -> str:
 class Tracker:
     """Opens an MLflow run of its own, gives MONAI's handlers that write into it, and closes it with the command.
 
-    Nothing is written, and MLflow is not imported, before the first use. ``MLFLOW_TRACKING_URI`` in the environment
+    Nothing is written before the first use. ``MLFLOW_TRACKING_URI`` in the environment
     wins over ``uri``. The run ends as FINISHED by :meth:`finish`; a command that fails or is interrupted leaves FAILED.
 
     Args:
