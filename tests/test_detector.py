@@ -34,7 +34,7 @@ def test_preparation_equals_monai_transforms(detector):
     image = torch.rand(1, 64, 64)
     normalize = NormalizeIntensity(subtrahend=[0.498] * 3, divisor=[0.502] * 3, channel_wise=True)
     expected = normalize(RepeatChannel(3)(image))
-    np.testing.assert_allclose(detector.prepare(image[None])[0], expected, atol=1e-6)
+    np.testing.assert_allclose(detector.features.normalize(detector.resize(image[None]))[0], expected, atol=1e-6)
 
 
 def test_raw_map_is_the_squared_error_brought_to_the_image(detector):

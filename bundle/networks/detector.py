@@ -1,6 +1,6 @@
 """The anomaly detector: an image goes in, an anomaly map of its size comes out, in one forward pass.
 
-image -> prepare (resize, 3 channels, backbone's mean and deviation) -> patch embeddings -> standardize
+image -> resize -> normalize (3 channels, backbone's mean and deviation) -> patch embeddings -> standardize
       -> density -> patch map -> calibrate -> anomaly map and image score
 """
 
@@ -89,18 +89,17 @@ class AnomalyDetector(nn.Module):
         }
         self.register_buffer("identity", _encode(identity))
 
-    def prepare(self, image: Tensor) -> Tensor:
-        """Resize and normalize ``image`` [B, 1 or 3, H, W] in [0, 1] for the feature network: [B, 3, h*p, w*p]."""
-        if image.shape[-2] != self.image_size[0] or image.shape[-1] != self.image_size[1]:
+    @torch.jit.export
+    def resize(self, image: Tensor) -> Tensor:
+        """Resize ``image`` [B, 1 or 3, H, W] to ``image_size``."""
+        if image.shape[-2] != self.image_size[0] or image.shape[-1] != self.image_size[1] or torch.jit.is_tracing():
             image = F.interpolate(image, self.image_size, mode="bilinear", align_corners=False, antialias=True)
-        if image.shape[1] == 1:
-            image = image.expand(-1, 3, -1, -1)
-        return self.features.normalize(image)
+        return image
 
     @torch.jit.export
     def embed(self, image: Tensor) -> Tensor:
         """The patch embeddings [B, C, h, w] of ``image`` [B, 1 or 3, H, W] in [0, 1], as the backbone gives them."""
-        return self.features(self.prepare(image))
+        return self.features(self.features.normalize(self.resize(image)))
 
     @torch.jit.export
     def standardize(self, embeddings: Tensor) -> Tensor:
@@ -110,7 +109,7 @@ class AnomalyDetector(nn.Module):
     @torch.jit.export
     def score_patches(self, embeddings: Tensor, raw: bool = False) -> Tensor:
         """The patch map [B, h, w] of ``embeddings`` [B, C, h, w]."""
-        embeddings = self.standardize(embeddings)
+        embeddings = self.standardize(embeddings).contiguous(memory_format=torch.channels_last)  # faster on a CPU
         patch_map = squared_error(self.density(embeddings), embeddings)
         return patch_map if raw else (patch_map - self.healthy_mean) / self.healthy_std
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from bundle.errors import BundleError
 from bundle.networks.weights import BACKBONES, load_backbone
@@ -74,7 +75,7 @@ class FeatureNetwork(nn.Module):
 
     @torch.jit.export
     def normalize(self, image01: Tensor) -> Tensor:
-        """Bring ``image01`` [B, 3, H, W] in [0, 1] to the mean and deviation that the backbone was trained with."""
+        """Bring ``image01`` [B, 1 or 3, H, W] in [0, 1] to the mean and deviation of the backbone: [B, 3, H, W]."""
         return (image01 - self.mean) / self.std
 
     def forward(self, image: Tensor) -> Tensor:
@@ -144,7 +145,11 @@ class _Blocks(nn.Module):
 
 
 class _Stages(nn.Module):
-    """The stages of a convolutional network up to the deepest tapped one, brought to the grid of stride 16."""
+    """The stages of a convolutional network up to the deepest tapped one, brought to the grid of stride 16.
+
+    On a CPU few images go through at once: the wide early activations then stay in caches and in memory that is in use
+    already, which is faster than a large batch (``scripts/benchmark_speed.py``).
+    """
 
     def __init__(self, network: Any, strides: Sequence[int], layers: list[int]) -> None:
         super().__init__()
@@ -159,9 +164,16 @@ class _Stages(nn.Module):
         self.stages = nn.ModuleList(stages[: layers[-1] + 1])
         self.strides = list(strides)
         self.layers = layers
+        self.cpu_batch = 2
+        _fold_batch_norms(self)
         self.to(memory_format=torch.channels_last)  # depthwise convolutions run faster so on a CPU
 
     def forward(self, image: Tensor) -> Tensor:
+        if image.is_cuda or torch.jit.is_tracing() or image.shape[0] <= self.cpu_batch:
+            return self._embed(image)
+        return torch.cat([self._embed(part) for part in image.split(self.cpu_batch)])
+
+    def _embed(self, image: Tensor) -> Tensor:
         grid = [image.shape[-2] // 16, image.shape[-1] // 16]
         features = self.stem(image)
         maps: list[Tensor] = []
@@ -170,6 +182,22 @@ class _Stages(nn.Module):
             if index in self.layers:
                 maps.append(_to_grid(features, self.strides[index], grid))
         return torch.cat(maps, dim=1)
+
+
+def _fold_batch_norms(module: nn.Module) -> None:
+    """Move each batch normalization, which is a fixed affine map here, into the convolution before it."""
+    before: nn.Module | None = None
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
+            assert child.running_mean is not None and child.running_var is not None
+            before.weight, bias = fuse_conv_bn_weights(
+                before.weight, before.bias, child.running_mean, child.running_var, child.eps, child.weight, child.bias
+            )
+            before.bias = bias
+            setattr(module, name, getattr(child, "act", nn.Identity()))  # timm's layer holds an activation as well
+        else:
+            _fold_batch_norms(child)
+        before = child
 
 
 def _to_grid(features: Tensor, stride: int, grid: list[int]) -> Tensor:

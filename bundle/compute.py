@@ -1,0 +1,67 @@
+"""Where the networks run, and how precisely."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from bundle.errors import BundleError, check_choice
+from bundle.networks.detector import AnomalyDetector
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Compute:
+    """Device and precision of inference; scores, maps and calibration stay in 32 bits in every precision.
+
+    Args:
+        device: as ``torch.device`` takes it.
+        precision: ``fp32``, ``bf16`` or ``fp16`` for convolutions and matrix products; ``auto`` is what the device does
+            fastest: bf16 on a CPU that has instructions for it (AVX-512 BF16 or AMX), fp16 on an NVIDIA GPU, else fp32.
+        compile: let ``torch.compile`` fuse the backbone: minutes of compilation, for long runs.
+
+    Attributes:
+        precision: never ``auto``.
+        dtype: of convolutions and matrix products.
+
+    Raises:
+        BundleError: for an unknown precision, with the closest name, or an unknown device.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", precision: str = "auto", compile: bool = False) -> None:
+        check_choice("precision", precision, ["auto", *DTYPES])
+        try:
+            self.device = torch.device(device)
+        except RuntimeError as error:
+            raise BundleError(f"device '{device}' is unknown: give cpu, cuda:0, ...") from error
+        self.precision = fastest_precision(self.device) if precision == "auto" else precision
+        self.dtype = DTYPES[self.precision]
+        self.compile = compile
+
+    def place(self, detector: AnomalyDetector) -> AnomalyDetector:
+        """Bring ``detector`` to the device, with the frozen weights in this precision; it then runs in :meth:`autocast`.
+
+        Weights that are never trained are converted once, instead of in every pass.
+        """
+        if self.dtype != torch.float32:
+            for module in detector.features.backbone.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                    module.to(self.dtype)
+        if self.compile:
+            detector.features.backbone.compile()
+        return detector.to(self.device)
+
+    def autocast(self) -> Any:
+        """The context in which networks run in this precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def fastest_precision(device: torch.device) -> str:
+    """The precision that ``device`` multiplies matrices in fastest, by its instructions."""
+    if device.type == "cuda":
+        return "fp16"
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "bf16"
+    return "fp32"
