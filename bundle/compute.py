@@ -41,7 +41,7 @@ class Compute:
         self.compile = compile
 
     def place(self, detector: AnomalyDetector) -> AnomalyDetector:
-        """Bring ``detector`` to the device, with the frozen weights in this precision; it then runs in :meth:`autocast`.
+        """Bring ``detector`` to the device, with the frozen weights in this precision, to be run in :meth:`autocast`.
 
         Weights that are never trained are converted once, instead of in every pass.
         """
@@ -56,6 +56,14 @@ class Compute:
     def autocast(self) -> Any:
         """The context in which networks run in this precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def training_autocast(self) -> Any:
+        """The context of training: bf16 where that is fast, since fp16 would need its loss scaled; else fp32."""
+        fast = self.dtype == torch.bfloat16 or (self.dtype == torch.float16 and self._gpu_has_bf16())
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=fast)
+
+    def _gpu_has_bf16(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def fastest_precision(device: torch.device) -> str:

@@ -13,9 +13,10 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
 from bundle.data.cases import Case
+from bundle.distributed import gather
 from bundle.figures import curves, gallery, picture
 from bundle.metrics import METRIC_NAMES, AnomalyMetric
-from bundle.networks.detector import AnomalyDetector
+from bundle.networks.detector import Detector
 from bundle.outputs import write_csv
 from bundle.provenance import data_words, model_words
 from bundle.tracking import Tracker
@@ -43,7 +44,7 @@ class EvaluationReport:
         self,
         output_dir: str | os.PathLike,
         metric: AnomalyMetric,
-        detector: AnomalyDetector,
+        detector: Detector,
         data: list[Case],
         dataset_dir: str | os.PathLike,
         protocol: dict[str, Any],
@@ -82,8 +83,8 @@ class EvaluationReport:
 
     def write(self, engine: Engine) -> None:
         """Write the files, log them and print the table, in the first process for all."""
-        shards: Any = idist.all_gather((self.rows, self.examples))
-        self.rows, self.examples = (sorted(chain(*part), key=itemgetter("name")) for part in zip(*shards, strict=True))
+        self.rows = sorted(chain(*gather(self.rows)), key=itemgetter("name"))
+        self.examples = sorted(chain(*gather(self.examples)), key=itemgetter("name"))
         if idist.get_rank() > 0:
             return
         metrics = {name: engine.state.metrics[name] for name in METRIC_NAMES}

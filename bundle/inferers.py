@@ -1,13 +1,23 @@
-"""From a case to its anomaly map: a flat image at once, a volume slice by slice."""
+"""From slices to anomaly maps: in an evaluator that fills batches across cases, or over whole volumes at once."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from ignite.engine import Engine
 from monai.data import MetaTensor
-from monai.inferers import Inferer
+from monai.engines.utils import IterationEvents
+from monai.inferers import Inferer, SimpleInferer
+from monai.utils import CommonKeys
 from torch import Tensor
+from torch.nn import functional as F
+
+from bundle.compute import Compute
+from bundle.data.stream import Slice
+from bundle.errors import BundleError
+from bundle.networks.detector import Detection
 
 
 class SliceBatchInferer(Inferer):
@@ -20,15 +30,22 @@ class SliceBatchInferer(Inferer):
         min_foreground: share of pixels above 0 that a slice must have to count as the worst, as in training; where no
             slice has it, all count.
         raw: squared errors instead of deviations above healthy patches.
+        compute: device and precision; None: where the inputs are, in 32 bits.
     """
 
     def __init__(
-        self, batch_size: int = 16, detailed: bool = False, min_foreground: float = 0.0, raw: bool = False
+        self,
+        batch_size: int = 16,
+        detailed: bool = False,
+        min_foreground: float = 0.0,
+        raw: bool = False,
+        compute: Compute | None = None,
     ) -> None:
         self.batch_size = batch_size
         self.detailed = detailed
         self.min_foreground = min_foreground
         self.raw = raw
+        self.compute = compute
 
     @torch.inference_mode()
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
@@ -36,15 +53,91 @@ class SliceBatchInferer(Inferer):
         images = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         stacks = images if images.ndim == 5 else images[..., None]
         slices = stacks.movedim(-1, 1).flatten(0, 1)
-        detections = [network.detect(batch, self.raw) for batch in slices.split(self.batch_size)]
-        maps = torch.cat([detection.anomaly_map for detection in detections])
-        anomaly_map = maps.unflatten(0, (len(stacks), -1)).movedim(1, -1).view(*images.shape[:1], 1, *images.shape[2:])
+        found = [self.detect(batch, network) for batch in slices.split(self.batch_size)]
+        patch_maps = torch.cat([detection.patch_map for detection in found]).unflatten(0, (len(stacks), -1))
+        scores = torch.cat([detection.image_score for detection in found]).view(len(stacks), -1)
+        studies = [self.join(*study) for study in zip(stacks, patch_maps, scores, strict=True)]
+        joined = {key: torch.stack([study[key] for study in studies]) for key in studies[0]}
+        joined["map"] = joined["map"].view(*images.shape[:1], 1, *images.shape[2:])
         if isinstance(inputs, MetaTensor):
-            anomaly_map = MetaTensor(anomaly_map, meta=inputs.meta, applied_operations=inputs.applied_operations)
-        if not self.detailed:
-            return anomaly_map
-        slice_scores = torch.cat([detection.image_score for detection in detections]).view(len(stacks), -1)
-        counts = ((slices > 0).float().mean(dim=(1, 2, 3)) >= self.min_foreground).view_as(slice_scores)
-        counts = counts | ~counts.any(dim=1, keepdim=True)
-        worst = slice_scores.masked_fill(~counts, -torch.inf).max(dim=1)
-        return {"map": anomaly_map, "slice_scores": slice_scores, "worst_slice": worst.indices, "score": worst.values}
+            joined["map"] = MetaTensor(joined["map"], meta=inputs.meta, applied_operations=inputs.applied_operations)
+        return joined if self.detailed else joined["map"]
+
+    @torch.inference_mode()
+    def detect(self, slices: Tensor, network: Any) -> Detection:
+        """What the detector ``network`` says of one batch of ``slices`` [B, C, H, W].
+
+        Raises:
+            BundleError: if it is not finite.
+        """
+        with self.compute.autocast() if self.compute else nullcontext():
+            found = network.detect(slices, self.raw)
+        if not torch.isfinite(found.patch_map).all():
+            precision = self.compute.precision if self.compute else "fp32"
+            raise BundleError(f"the anomaly map is not finite in {precision}: give --precision bf16 or fp32")
+        return found
+
+    def join(self, stack: Tensor, patch_maps: Tensor, slice_scores: Tensor) -> dict[str, Tensor]:
+        """One study from its slices.
+
+        Args:
+            stack: [C, H, W, slices] in [0, 1].
+            patch_maps: [slices, h, w].
+            slice_scores: [slices].
+
+        Returns:
+            ``map`` [1, H, W, slices], ``slice_scores`` [slices], ``worst_slice`` and ``score``.
+        """
+        maps = F.interpolate(patch_maps[:, None], stack.shape[1:3], mode="bilinear", align_corners=False)
+        counts = (stack > 0).float().mean(dim=(0, 1, 2)) >= self.min_foreground
+        counts = (counts | ~counts.any()).to(slice_scores.device)
+        worst = slice_scores.masked_fill(~counts, -torch.inf).max(dim=0)
+        return {
+            "map": maps.movedim(0, -1),
+            "slice_scores": slice_scores,
+            "worst_slice": worst.indices,
+            "score": worst.values,
+        }
+
+
+def detect_slices(engine: Engine, batch: list[Slice]) -> list[dict[str, Any]]:
+    """One iteration of an evaluator over :class:`~bundle.data.SliceBatches`: `iteration_update`.
+
+    Afterwards ``engine.state.batch`` and the output are lists of the cases that this batch has completed, often one,
+    sometimes none or many, with what the inferer (:class:`SliceBatchInferer`) found in ``pred``.
+    """
+    evaluator: Any = engine
+    with evaluator.mode(evaluator.network):
+        found = evaluator.inferer.detect(torch.stack([one.image for one in batch]), evaluator.network)
+    evaluator.fire_event(IterationEvents.FORWARD_COMPLETED)
+    completed = []
+    for one, patch_map, score in zip(batch, found.patch_map.cpu(), found.image_score.cpu(), strict=True):
+        one.study.results.append((patch_map, score))
+        if one.study.complete:
+            completed.append(one.study)
+    evaluator.state.batch = [dict(study.item) for study in completed]
+    evaluator.state.output = [_output(study.item, study.results, evaluator.inferer) for study in completed]
+    evaluator.fire_event(IterationEvents.MODEL_COMPLETED)
+    return evaluator.state.output
+
+
+def _output(case: dict[str, Any], results: list[tuple[Tensor, Tensor]], inferer: SliceBatchInferer) -> dict[str, Any]:
+    image: MetaTensor = case[CommonKeys.IMAGE]
+    patch_maps, scores = (torch.stack(values) for values in zip(*results, strict=True))
+    found: dict[str, Any] = inferer.join(image.as_tensor(), patch_maps, scores)
+    found["map"] = MetaTensor(found["map"], meta=image.meta, applied_operations=image.applied_operations)
+    output = {CommonKeys.IMAGE: image, CommonKeys.PRED: found}
+    return output | ({CommonKeys.LABEL: case[CommonKeys.LABEL]} if CommonKeys.LABEL in case else {})
+
+
+class TrainingInferer(SimpleInferer):
+    """The forward pass of training, in the precision that ``compute`` trains in."""
+
+    def __init__(self, compute: Compute) -> None:
+        super().__init__()
+        self.compute = compute
+
+    def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
+        """The prediction of ``network`` for ``inputs``, in float32."""
+        with self.compute.training_autocast():
+            return super().__call__(inputs, network, *args, **kwargs).float()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import tempfile
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 from ignite.engine import Engine, Events
@@ -15,8 +18,9 @@ from monai.data import MetaTensor
 from PIL import Image, PngImagePlugin
 
 from bundle.data.cases import is_flat
+from bundle.distributed import gather
 from bundle.figures import overlay, picture
-from bundle.networks.detector import AnomalyDetector
+from bundle.networks.detector import Detector
 from bundle.provenance import data_words, model_words
 from bundle.tracking import Tracker
 
@@ -41,7 +45,7 @@ class DetectionSaver:
     def __init__(
         self,
         output_dir: str | os.PathLike,
-        detector: AnomalyDetector,
+        detector: Detector,
         dataset_dir: str | os.PathLike,
         tracker: Tracker,
     ) -> None:
@@ -107,13 +111,14 @@ class DetectionSaver:
         self.rows.append(row)
 
     def save_scores(self) -> None:
-        """Write ``scores.csv``, one line per input."""
-        write_csv(self.output_dir / "scores.csv", self.rows, SCORE_COLUMNS)
-        highest = max(row["score"] for row in self.rows)
-        self.tracker.log(
-            {"inputs": len(self.rows), "highest_score": highest}, {"report": [self.output_dir / "scores.csv"]}
-        )
-        print(f"{len(self.rows)} inputs: maps, masks, overlays and scores.csv are in {self.output_dir.resolve()}")
+        """Write ``scores.csv``, one line per input of all processes, in the first one."""
+        rows = sorted(chain(*gather(self.rows)), key=itemgetter("name"))
+        if idist.get_rank() > 0:
+            return
+        write_csv(self.output_dir / "scores.csv", rows, SCORE_COLUMNS)
+        highest = max(row["score"] for row in rows)
+        self.tracker.log({"inputs": len(rows), "highest_score": highest}, {"report": [self.output_dir / "scores.csv"]})
+        print(f"{len(rows)} inputs: maps, masks, overlays and scores.csv are in {self.output_dir.resolve()}")
 
 
 def _index_in_file(stack: MetaTensor, restored: MetaTensor, index: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bundle import __version__
 from bundle.data.cases import Case
-from bundle.networks.detector import AnomalyDetector
+from bundle.networks.detector import Detector
 
 NAME = "dinov3_spatial_ar"
 _HEAD_BYTES = 2**20
@@ -48,7 +48,7 @@ def is_synthetic(path: str | os.PathLike) -> bool:
 
 
 def run_tags(
-    detector: AnomalyDetector,
+    detector: Detector,
     cases: Iterable[Case],
     dataset_dir: str | os.PathLike,
     bundle_root: str | os.PathLike,

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
+
 EXPERIMENT = "dinov3_spatial_ar"
 MAX_PARAMETER_LENGTH = 500  # older MLflow servers refuse longer ones
 
@@ -43,7 +45,7 @@ class Tracker:
         config: Mapping[str, Any] | None = None,
         config_dir: str | os.PathLike | None = None,
     ) -> None:
-        self.uri = None if uri == "off" else uri
+        self.uri = None if uri == "off" or idist.get_rank() > 0 else uri  # one run for all processes
         self.run_name = f"{command} {time.strftime('%Y-%m-%d %H:%M:%S')} {uuid.uuid4().hex[:6]}"
         self.tags = dict(tags)
         self.config = {} if config is None else config

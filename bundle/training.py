@@ -15,8 +15,8 @@ import torch
 from ignite.engine import Engine, Events
 from monai.utils import set_determinism
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from bundle.distributed import check_synchronized
 from bundle.errors import BundleError
 from bundle.networks.detector import AnomalyDetector
 
@@ -47,10 +47,12 @@ class NoisyFeatures:
     ) -> tuple[Tensor, Tensor]:
         """Input and target, both [B, C, h, w], from embeddings of that shape."""
         target = self.detector.standardize(batch.to(device, non_blocking=non_blocking))
+        # processes that train together draw the same numbers: all add noise or none does, each its own
         if float(torch.rand(())) >= self.probability:
             return target, target
-        deviation = target.std(dim=(2, 3), keepdim=True)
-        return target + self.scale * deviation * torch.randn_like(target), target
+        own = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())) + idist.get_rank())
+        noise = torch.randn(target.shape, generator=own, device=device)
+        return target + self.scale * target.std(dim=(2, 3), keepdim=True) * noise, target
 
 
 class TrainingState:
@@ -89,6 +91,7 @@ class TrainingState:
 
     def attach(self, engine: Engine) -> None:
         """Register with the trainer."""
+        engine.add_event_handler(Events.STARTED, lambda e: check_synchronized(e.network))
         engine.add_event_handler(Events.STARTED, self.resume)
         engine.add_event_handler(Events.EPOCH_STARTED, lambda e: set_determinism(self.seed + e.state.epoch))
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
@@ -160,11 +163,6 @@ def save_checkpoint(detector: AnomalyDetector, path: str | os.PathLike) -> None:
     """Write the state of a trained and calibrated detector."""
     save_atomically(detector.state_dict(), path)
     logger.info(f"the model is '{path}'")
-
-
-def common_length(loader: DataLoader) -> int:
-    """The number of batches that every process has: processes that learn together must take equally many steps."""
-    return int(idist.all_reduce(len(loader), "MIN"))
 
 
 def load_checkpoint(detector: nn.Module, path: str | os.PathLike) -> None:

@@ -22,6 +22,7 @@ from pydicom.errors import InvalidDicomError
 from tqdm import tqdm
 
 from bundle.data.cohort import make_sample_cohort
+from bundle.distributed import gather, shard
 from bundle.errors import BundleError, check_choice, user_error
 from bundle.transforms.loading import DICOM_SUFFIXES, FLAT_SUFFIXES, SUFFIXES
 
@@ -157,29 +158,34 @@ def readable(cases: list[Case], transform: Callable[[Case], Any], on_error: str 
     """
     check_choice("on_error", on_error, ("raise", "skip"))
 
-    def problem(case: Case) -> BundleError | None:
+    def problem(case: Case) -> str | None:
         try:
             transform(case)
         except Exception as error:
             found = user_error(error)
             if found is None:
                 raise
-            return found
+            return str(found)
         return None
 
-    good: list[Case] = []
+    found: dict[int, str] = {}
+    mine = shard(range(len(cases)))
     with ThreadPoolExecutor(max_workers=2) as pool:
-        pending = zip(cases, pool.map(problem, cases), strict=True)
-        for case, error in tqdm(pending, desc="reading images", total=len(cases), leave=False):
-            if error is None:
-                good.append(case)
-            elif on_error == "raise":
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise error
-            else:
-                logger.warning(f"skipped: {error}")
-    if len(good) < len(cases):
-        logger.warning(f"skipped {len(cases) - len(good)} of {len(cases)} images that cannot be read")
+        pending = zip(mine, pool.map(problem, [cases[index] for index in mine]), strict=True)
+        for index, message in tqdm(pending, desc="reading images", total=len(mine), leave=False):
+            if message is not None:
+                found[index] = message
+                if on_error == "raise":
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    break
+    problems = {index: message for share in gather(found) for index, message in share.items()}
+    for _, message in sorted(problems.items()):
+        if on_error == "raise":
+            raise BundleError(message)
+        logger.warning(f"skipped: {message}")
+    good = [case for index, case in enumerate(cases) if index not in problems]
+    if problems:
+        logger.warning(f"skipped {len(problems)} of {len(cases)} images that cannot be read")
     if cases and not good:
         raise BundleError(
             f"none of {len(cases)} images can be read, the first is '{cases[0]['image']}': check the files"

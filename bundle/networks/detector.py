@@ -6,7 +6,7 @@ image -> resize -> normalize (3 channels, backbone's mean and deviation) -> patc
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,21 @@ class Detection(NamedTuple):
     """[B]."""
     patch_map: Tensor
     """[B, h, w], one value per patch."""
+
+
+class Detector(Protocol):
+    """What inference needs: an :class:`AnomalyDetector`, or a file that was exported from one."""
+
+    threshold: Tensor
+
+    def resize(self, image: Tensor) -> Tensor:
+        """Bring ``image`` [B, C, H, W] to the size that the backbone sees."""
+
+    def detect(self, image: Tensor, raw: bool = False) -> Detection:
+        """Anomaly map, image score and patch map of ``image`` [B, C, H, W] in [0, 1]."""
+
+    def describe(self) -> dict[str, Any]:
+        """Backbone, hash of its weights, preprocessing and density."""
 
 
 class AnomalyDetector(nn.Module):

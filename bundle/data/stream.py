@@ -1,0 +1,103 @@
+"""From cases to batches of slices: read ahead while the networks work, and filled across cases."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from monai.data import DataLoader
+from monai.utils import first
+from torch import Tensor
+from torch.utils.data import Dataset
+
+READ_AHEAD = 2  # cases that wait, decoded
+
+
+@dataclass
+class Study:
+    """A case on its way through the networks, which its slices pass in one or several batches.
+
+    Attributes:
+        item: what the transform gave: a case, or a list of slices as cases.
+        position: in the data set.
+        count: of its slices.
+        results: of the slices that are done, in order.
+    """
+
+    item: Any
+    position: int
+    count: int
+    results: list[Any] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all slices are done."""
+        return len(self.results) == self.count
+
+
+class Slice(NamedTuple):
+    """One slice of a study."""
+
+    image: Tensor
+    """[1 or 3, H, W], as ``prepare`` left it."""
+    study: Study
+
+
+class SliceBatches:
+    """Iterates over batches of slices of a data set; a batch takes from as many cases as fill it.
+
+    Gray and color slices go in batches of their own. Cases are decoded one or two ahead in a thread, or in
+    ``num_workers`` processes, while the caller computes; at most these and the slices of one batch are in memory.
+
+    Args:
+        dataset: gives cases whose ``image`` is [C, rows, columns, slices], or lists of cases whose ``image`` is
+            [C, rows, columns].
+        prepare: brings slices [1, C, rows, columns] to one size, so that they fit into one batch.
+        batch_size: slices in a batch; only the last ones are smaller.
+        num_workers: processes that read cases; 0: a thread of this one.
+    """
+
+    def __init__(
+        self, dataset: Dataset, prepare: Callable[[Tensor], Tensor], batch_size: int, num_workers: int = 0
+    ) -> None:
+        self.dataset = dataset
+        self.prepare = prepare
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    def __iter__(self) -> Iterator[list[Slice]]:
+        cases = DataLoader(self.dataset, batch_size=1, collate_fn=first, num_workers=self.num_workers)
+        waiting: dict[int, list[Slice]] = {}  # by number of channels
+        for position, item in enumerate(read_ahead(cases, READ_AHEAD)):
+            images = slices_of(item)
+            study = Study(item, position, len(images))
+            for image in images:
+                batch = waiting.setdefault(len(image), [])
+                batch.append(Slice(self.prepare(image[None])[0], study))
+                if len(batch) == self.batch_size:
+                    yield waiting.pop(len(image))
+        yield from waiting.values()
+
+
+def slices_of(item: Any) -> list[Tensor]:
+    """The slices [C, rows, columns] of a case, or of a list of slices as cases."""
+    if isinstance(item, list):
+        return [part["image"].as_tensor() for part in item]
+    return list(item["image"].as_tensor().unbind(-1))
+
+
+def read_ahead(source: Iterable[Any], count: int) -> Iterator[Any]:
+    """The items of ``source`` in order, ``count`` of them read ahead by a thread; errors come out where they belong.
+
+    MONAI's ThreadBuffer ends silently where its source raises.
+    """
+    end = object()
+    items = iter(source)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        pending = deque(thread.submit(next, items, end) for _ in range(count))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(thread.submit(next, items, end))
+            yield item
