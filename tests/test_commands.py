@@ -145,7 +145,9 @@ def test_nothing_temporary_is_left(trained):
         "test_curves.png",
         "mlflow.db",
         "mlruns",
+        "feature_cache",
     }
+    assert not [path for path in (trained[0] / "feature_cache").rglob("*") if "partial" in path.name]
 
 
 def test_a_second_training_gives_the_same_numbers(trained, cohort, tmp_path):

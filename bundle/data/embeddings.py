@@ -17,7 +17,7 @@ from bundle.compute import Compute
 from bundle.data.cases import Case
 from bundle.data.store import EmbeddingStore, content_key
 from bundle.data.stream import SliceBatches
-from bundle.distributed import shard
+from bundle.distributed import gather, shard
 from bundle.networks.detector import AnomalyDetector
 
 logger = logging.getLogger(__name__)
@@ -55,9 +55,10 @@ class EmbeddingDataset(Dataset[Tensor]):
         self.store = store
         keys = [content_key(case["image"]) for case in data]
         store.use(keys)
-        missing = {key: case for key, case in zip(keys, data, strict=True) if key not in store}
+        absent = {key: case for key, case in zip(keys, data, strict=True) if key not in store}
+        missing = gather(list(absent.items()))[0]  # one view of the store, before any process adds to it
         if missing:
-            self._embed(shard(list(missing.items())), compute.place(detector), compute, batch_size, num_workers)
+            self._embed(shard(missing), compute.place(detector), compute, batch_size, num_workers)
         idist.barrier()
         store.refresh()
         store.use(keys)

@@ -189,7 +189,7 @@ class AnomalyDetector(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         stored = state_dict.get(prefix + "identity")
         if stored is not None:
-            _refuse_other(_decode(stored), self.describe())
+            refuse_other(_decode(stored), self.describe())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -210,7 +210,7 @@ def _decode(identity: Tensor) -> dict[str, Any]:
     return json.loads(bytes(identity.tolist()).decode())
 
 
-def _refuse_other(stored: dict[str, Any], own: dict[str, Any]) -> None:
+def refuse_other(stored: dict[str, Any], own: dict[str, Any]) -> None:
     """Raise the first difference between the identity of a checkpoint and that of this detector."""
     for key in ["backbone", *sorted(own.keys() | stored.keys())]:
         theirs, ours = stored.get(key), own.get(key)
