@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ from torch import nn
 
 from bundle.errors import BundleError, check_choice
 from bundle.networks.detector import AnomalyDetector
+from bundle.networks.features import FeatureNetwork
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+logger = logging.getLogger(__name__)
 
 
 class Compute:
@@ -21,6 +25,7 @@ class Compute:
         precision: ``fp32``, ``bf16`` or ``fp16`` for convolutions and matrix products; ``auto`` is what the device does
             fastest: bf16 on a CPU that has instructions for it (AVX-512 BF16 or AMX), fp16 on an NVIDIA GPU, else fp32.
         compile: let ``torch.compile`` fuse the backbone: minutes of compilation, for long runs.
+        features: the backbone that will run; ``auto`` is not bf16 for one that loses too much by it.
 
     Attributes:
         precision: never ``auto``.
@@ -30,13 +35,26 @@ class Compute:
         BundleError: for an unknown precision, with the closest name, or an unknown device.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", precision: str = "auto", compile: bool = False) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        precision: str = "auto",
+        compile: bool = False,
+        features: FeatureNetwork | None = None,
+    ) -> None:
         check_choice("precision", precision, ["auto", *DTYPES])
         try:
             self.device = torch.device(device)
         except RuntimeError as error:
             raise BundleError(f"device '{device}' is unknown: give cpu, cuda:0, ...") from error
-        self.precision = fastest_precision(self.device) if precision == "auto" else precision
+        lossy = features is not None and not features.keeps_bf16
+        if precision == "auto":
+            fastest = fastest_precision(self.device)
+            self.precision = "fp32" if fastest == "bf16" and lossy else fastest
+        else:
+            self.precision = precision
+            if precision == "bf16" and lossy:
+                logger.warning("bf16 changes the maps of this backbone by several percent: fp32 or fp16 do not")
         self.dtype = DTYPES[self.precision]
         self.compile = compile
 

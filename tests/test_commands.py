@@ -327,17 +327,89 @@ def test_volumes_train_slice_by_slice_and_are_scored_as_studies(cohort, tmp_path
     assert "SYNTHETIC" in done.stdout
 
 
-def test_two_processes_train_together(cohort, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    config = "['configs/train.json','configs/multi_gpu_train.json']"
-    quick = {**QUICK, "max_epochs": 3}
-    env = {"OMP_NUM_THREADS": "1"}
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+MULTI = "['configs/train.json','configs/multi_gpu_train.json']"
+
+
+def close(first, second, tolerance):
+    """Whether two reports have the same metrics."""
+    return {name: first[name] for name in METRICS} == pytest.approx(
+        {name: second[name] for name in METRICS}, abs=tolerance
+    )
+
+
+def test_two_processes_learn_what_one_learns(cohort, tmp_path):
+    """Without the noise, which each process draws by itself."""
+    quick = {**QUICK, "max_epochs": 3, "noise_probability": 0, "dataset_dir": cohort / "slices"}
+    together = succeed(
+        "training", MULTI, env={"OMP_NUM_THREADS": "1"}, launcher=TWO, output_dir=tmp_path / "two", **quick
+    )
+    succeed("training", TRAIN, output_dir=tmp_path / "one", tracking_uri="off", **quick)
+    two, one = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one"))
+    assert close(two, one, 0.01)
+    assert two["images"] == one["images"]
+    assert len(list(csv.DictReader((tmp_path / "two/test_scores.csv").open()))) == sum(two["images"].values())
+    assert query(tmp_path / "two/mlflow.db", "select status from runs") == [("FINISHED",)]
+    assert together.stdout.count("pixel_auroc") == 1
+
+
+def test_two_processes_score_a_test_split_of_odd_length_exactly_as_one_does(trained, cohort, knobs, tmp_path):
+    cases = json.loads((trained[0] / "metrics.json").read_text())["images"]
+    assert sum(cases.values()) % 2 == 1  # uneven shards
     folder = cohort / "slices"
-    succeed("training", config, env=env, launcher=launcher, dataset_dir=folder, output_dir=tmp_path, **quick)
-    report = json.loads((tmp_path / "metrics.json").read_text())
-    assert report["pixel_auroc"] > 0.85
-    assert len(list(csv.DictReader((tmp_path / "test_scores.csv").open()))) == sum(report["images"].values())
+    succeed("evaluating", EVALUATE, launcher=TWO, dataset_dir=folder, output_dir=tmp_path, **knobs)
+    two, one = (json.loads((at / "metrics.json").read_text()) for at in (tmp_path, trained[0]))
+    assert close(two, one, 1e-4)
     assert query(tmp_path / "mlflow.db", "select status from runs") == [("FINISHED",)]
+
+
+def test_two_processes_infer_a_share_each_and_leave_one_table(inferred, knobs, tmp_path):
+    source, alone, _ = inferred
+    done = succeed("inferring", INFER, launcher=TWO, dataset_dir=source, output_dir=tmp_path, **knobs)
+    two, one = (list(csv.DictReader((at / "scores.csv").open())) for at in (tmp_path, alone))
+    assert [row["name"] for row in two] == [row["name"] for row in one]
+    assert [float(row["score"]) for row in two] == pytest.approx([float(row["score"]) for row in one], abs=1e-3)
+    volume, expected = (nib.load(at / "volume_map.nii.gz").get_fdata() for at in (tmp_path, alone))
+    np.testing.assert_allclose(volume, expected, atol=1e-3)
+    assert query(tmp_path / "mlflow.db", "select status from runs") == [("FINISHED",)]
+    assert "4 inputs" in done.stdout
+
+
+def test_replicas_that_would_not_learn_from_each_other_are_refused(cohort, tmp_path):
+    quick = {**QUICK, "max_epochs": 1, "tracking_uri": "off", "output_dir": tmp_path, "image_size": 64}
+    done = run("training", TRAIN, launcher=TWO, dataset_dir=cohort / "slices", **quick)
+    assert done.returncode != 0
+    assert "append configs/multi_gpu_train.json" in done.stderr
+    assert not (tmp_path / "model.pt").exists()
+
+
+def test_a_second_training_reads_all_features_from_the_cache(trained, cohort, tmp_path):
+    arguments = {**QUICK, "dataset_dir": cohort / "slices", "tracking_uri": "off", "max_epochs": 1}
+    cache = trained[0] / "feature_cache"
+    before = {path: path.stat().st_mtime for path in cache.rglob("*.safetensors")}
+    done = succeed("training", TRAIN, output_dir=tmp_path, cache_dir=cache, learning_rate=0.002, **arguments)
+    assert done.stderr.count("embedded 0 images") == 2
+    assert set(cache.rglob("*.safetensors")) == set(before)
+    assert not (tmp_path / "feature_cache").exists()
+
+
+def test_other_preprocessing_reads_nothing_from_the_cache(trained, cohort, tmp_path):
+    arguments = {**QUICK, "dataset_dir": cohort / "slices", "tracking_uri": "off", "max_epochs": 1}
+    cache = shutil.copytree(trained[0] / "feature_cache", tmp_path / "cache")
+    done = succeed("training", TRAIN, output_dir=tmp_path, cache_dir=cache, min_foreground=0.0, **arguments)
+    assert ", 0 were there" in done.stderr
+    assert "embedded 0 images" not in done.stderr
+
+
+@pytest.mark.parametrize("off", ["off", "null"])
+def test_the_cache_can_be_turned_off(off, cohort, tmp_path):
+    overlay = tmp_path / "off.json"
+    overlay.write_text(json.dumps({"cache_dir": "off" if off == "off" else None}))
+    arguments = {**QUICK, "dataset_dir": cohort / "slices", "tracking_uri": "off", "max_epochs": 1, "image_size": 64}
+    succeed("training", f"['{TRAIN}','{overlay}']", output_dir=tmp_path / "out", **arguments)
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "model.pt" in left
+    assert not [name for name in left if "cache" in name or "embeddings" in name]
 
 
 def test_the_bundle_runs_from_its_root_without_an_installation(knobs, cohort, tmp_path):

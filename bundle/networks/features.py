@@ -41,6 +41,7 @@ class FeatureNetwork(nn.Module):
         layers: what is tapped, ascending.
         num_channels: channels C of the embeddings.
         patch_size: stride of the embeddings, in pixels.
+        keeps_bf16: whether bf16 changes the embeddings by less than 1 %.
 
     Raises:
         BundleError: if a name or layer is unknown, or the weights cannot be had or do not fit.
@@ -63,6 +64,7 @@ class FeatureNetwork(nn.Module):
         self.backbone_name = source.backbone
         self.weights_origin = source.origin
         self.patch_size = spec.patch
+        self.keeps_bf16 = spec.keeps_bf16
         self.layers = _checked_layers(
             spec.layers if layers is None else layers, len(spec.strides) or len(network.blocks), source.backbone
         )

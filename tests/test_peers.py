@@ -1,0 +1,131 @@
+"""PatchCore and nearest neighbors on the bundle's features: what is odd stands out, the bank is as large as it says.
+
+Needs the extra dependency anomalib.
+"""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from bundle.errors import BundleError
+from scripts.peers import NearestNeighborPeer, PatchCorePeer
+
+CHANNELS, SIDE, PATCH = 8, 128, 16
+
+
+@pytest.fixture
+def anomalib():
+    return pytest.importorskip("anomalib", reason='pip install -e ".[benchmark]"')
+
+
+@pytest.fixture
+def toy_features():
+    network = nn.Sequential(nn.Conv2d(3, CHANNELS, PATCH, PATCH), nn.BatchNorm2d(CHANNELS))
+    return network.requires_grad_(False).eval()
+
+
+def healthy(count):
+    generator = torch.Generator().manual_seed(count)
+    pattern = torch.linspace(-1, 1, PATCH).repeat(SIDE // PATCH)
+    return pattern + 0.05 * torch.randn(count, 3, SIDE, SIDE, generator=generator)
+
+
+def with_odd_patch(image, row, column):
+    odd = image.clone()
+    rows, columns = (slice(index * PATCH, (index + 1) * PATCH) for index in (row, column))
+    odd[..., rows, columns] = odd[..., rows, columns].transpose(-1, -2) * torch.tensor([2.0, -2.0, 1.0])[:, None, None]
+    return odd
+
+
+PEERS = [PatchCorePeer, NearestNeighborPeer]
+
+
+@pytest.mark.parametrize("peer_class", PEERS)
+@pytest.mark.parametrize(("row", "column"), [(2, 5), (4, 3)])
+def test_the_odd_patch_scores_highest(anomalib, toy_features, peer_class, row, column):
+    peer = peer_class(toy_features)
+    peer.fit(healthy(4).split(2))
+    normal = healthy(3)
+    images = torch.cat([normal, with_odd_patch(normal[:1], row, column)])
+    maps, scores = peer.detect(images)
+    assert maps.shape == (4, 1, SIDE, SIDE)
+    assert scores.shape == (4,)
+    assert scores.argmax() == 3
+    assert scores[3] > 2 * scores[:3].max()
+    y, x = divmod(int(maps[3].argmax()), SIDE)
+    # PatchCore averages over 3x3 patches, so that its peak may lie in a neighbor
+    assert abs(y - (row + 0.5) * PATCH) <= 1.5 * PATCH
+    assert abs(x - (column + 0.5) * PATCH) <= 1.5 * PATCH
+    assert maps[3].max() > 2 * maps[:3].max()
+
+
+@pytest.mark.parametrize("peer_class", PEERS)
+def test_the_image_itself_decides_its_result(anomalib, toy_features, peer_class):
+    peer = peer_class(toy_features)
+    peer.fit([healthy(4)])
+    images = with_odd_patch(healthy(3), 1, 1)
+    for together, alone in zip(peer.detect(images), zip(*map(peer.detect, images.split(1)), strict=True), strict=True):
+        torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+def test_parts_of_a_batch_give_the_same(anomalib, toy_features):
+    whole, parts = NearestNeighborPeer(toy_features), NearestNeighborPeer(toy_features, search_bytes=1)
+    whole.fit([healthy(4)])
+    parts.memory_bank = whole.memory_bank
+    for expected, found in zip(whole.detect(healthy(3)), parts.detect(healthy(3)), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_bank_holds_the_wanted_share_of_the_patches(anomalib, toy_features):
+    patches = 4 * (SIDE // PATCH) ** 2
+    coreset, every = PatchCorePeer(toy_features, coreset_ratio=0.25), NearestNeighborPeer(toy_features)
+    for peer in (coreset, every):
+        peer.fit([healthy(4)])
+    assert coreset.stored_bytes == patches // 4 * CHANNELS * 4
+    assert every.stored_bytes == patches * CHANNELS * 4
+
+
+@pytest.mark.parametrize("peer_class", PEERS)
+def test_a_second_fit_replaces_the_first(anomalib, toy_features, peer_class):
+    peer = peer_class(toy_features)
+    peer.fit([healthy(4)])
+    first = peer.stored_bytes
+    peer.fit([healthy(2)])
+    assert abs(peer.stored_bytes - first / 2) <= CHANNELS * 4
+
+
+@pytest.mark.parametrize("peer_class", PEERS)
+def test_fitting_leaves_the_features_as_they_are(anomalib, toy_features, peer_class):
+    before = {key: value.clone() for key, value in toy_features.state_dict().items()}
+    peer_class(toy_features).fit([healthy(2)])
+    assert all(torch.equal(value, before[key]) for key, value in toy_features.state_dict().items())
+
+
+@pytest.mark.parametrize("peer_class", PEERS)
+def test_the_features_of_the_bundle_go_in(anomalib, features, peer_class):
+    peer = peer_class(features)
+    peer.fit([features.normalize(torch.rand(2, 1, 64, 96))])
+    maps, scores = peer.detect(features.normalize(torch.rand(3, 1, 64, 96)))
+    assert maps.shape == (3, 1, 64, 96)
+    assert scores.shape == (3,)
+    assert peer.memory_bank.shape[1] == features.num_channels
+
+
+@pytest.mark.parametrize("peer_class", PEERS)
+def test_detecting_before_fitting_is_refused(anomalib, toy_features, peer_class):
+    peer = peer_class(toy_features)
+    with pytest.raises(BundleError, match="call fit"):
+        peer.detect(healthy(1))
+    with pytest.raises(BundleError, match="no healthy image"):
+        peer.fit([])
+
+
+@pytest.mark.parametrize("peer_class", PEERS)
+def test_without_anomalib_the_remedy_is_said(monkeypatch, toy_features, peer_class):
+    for name in [name for name in sys.modules if name.split(".")[0] == "anomalib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "anomalib", None)
+    with pytest.raises(BundleError, match=r'pip install -e "\.\[benchmark\]"'):
+        peer_class(toy_features)

@@ -1,0 +1,169 @@
+"""Slices of several cases share batches; what the networks say comes back to its case."""
+
+import threading
+import time
+
+import pytest
+import torch
+from ignite.engine import Events
+from monai.data import Dataset, MetaTensor
+from monai.engines import SupervisedEvaluator
+
+from bundle.compute import Compute
+from bundle.data import EmbeddingDataset, EmbeddingStore, SliceBatches
+from bundle.data.stream import read_ahead
+from bundle.errors import BundleError
+from bundle.inferers import SliceBatchInferer, detect_slices
+
+
+def case(name, slices, channels=1, size=(48, 40)):
+    image = torch.rand(channels, *size, slices, generator=torch.Generator().manual_seed(slices))
+    return {"name": name, "image": MetaTensor(image, affine=torch.eye(4)), "label": 0}
+
+
+CASES = [case("a", 3), case("b", 1), case("c", 5, size=(64, 64)), case("d", 1, channels=3), case("e", 1)]
+
+
+def test_batches_are_filled_across_cases(detector):
+    batches = list(SliceBatches(Dataset(CASES), detector.resize, batch_size=4))
+    assert [len(batch) for batch in batches] == [4, 4, 2, 1]  # gray, gray, the gray rest, the color one
+    assert {one.study.item["name"] for one in batches[0]} == {"a", "b"}
+    assert all(one.image.shape[-2:] == (64, 64) for batch in batches for one in batch)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_an_evaluator_gives_every_case_what_it_gets_alone(batch_size, detector):
+    found = {}
+    evaluator = SupervisedEvaluator(
+        device="cpu",
+        val_data_loader=SliceBatches(Dataset(CASES), detector.resize, batch_size),
+        network=detector,
+        inferer=SliceBatchInferer(detailed=True),
+        iteration_update=detect_slices,
+        decollate=False,
+        postprocessing=lambda data: data | {"seen": True},
+    )
+
+    @evaluator.on(Events.ITERATION_COMPLETED)
+    def note(engine):
+        found.update({b["name"]: o for b, o in zip(engine.state.batch, engine.state.output, strict=True)})
+
+    evaluator.run()
+    assert set(found) == set("abcde")
+    for one in CASES:
+        alone = SliceBatchInferer(detailed=True)(one["image"][None], detector)
+        together = found[one["name"]]
+        assert together["seen"]
+        assert together["label"] == 0
+        torch.testing.assert_close(
+            together["pred"]["map"].as_tensor(), alone["map"][0].as_tensor(), atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(together["pred"]["score"], alone["score"][0], atol=1e-4, rtol=1e-4)
+        assert together["pred"]["map"].shape[1:] == one["image"].shape[1:]
+
+
+def test_reading_goes_on_while_the_caller_computes():
+    started = threading.Event()
+
+    def source():
+        yield 0
+        yield 1
+        started.set()
+        yield 2
+
+    items = read_ahead(source(), 2)
+    assert next(items) == 0
+    assert started.wait(5)  # nobody has asked for item 2 yet
+    assert list(items) == [1, 2]
+
+
+def test_no_more_is_read_ahead_than_asked():
+    read = []
+
+    def source():
+        for number in range(100):
+            read.append(number)
+            yield number
+
+    items = read_ahead(source(), 2)
+    next(items)
+    time.sleep(0.1)
+    assert len(read) <= 4
+
+
+def test_an_error_while_reading_ahead_comes_out():
+    def source():
+        yield 0
+        raise BundleError("bad file")
+
+    items = read_ahead(source(), 2)
+    assert next(items) == 0
+    with pytest.raises(BundleError, match="bad file"):
+        next(items)
+
+
+def cached(detector, cases, folder, transform=lambda case: case):
+    return EmbeddingDataset(cases, transform, detector, Compute("cpu", "fp32"), EmbeddingStore(folder, folder, {}), 4)
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "images").mkdir()
+    found = []
+    for one in CASES[:3]:
+        path = tmp_path / "images" / one["name"]
+        path.write_bytes(one["name"].encode())
+        found.append({"name": one["name"], "image": str(path)})
+    return found
+
+
+def decoded(files, seen):
+    def transform(item):
+        seen.append(item["name"])
+        return next(one for one in CASES if one["name"] == item["name"])
+
+    return transform
+
+
+def test_embeddings_are_those_of_the_detector_in_order(detector, files, tmp_path):
+    dataset = cached(detector, files, tmp_path / "cache", decoded(files, []))
+    assert len(dataset) == 9
+    slices = [image for one in CASES[:3] for image in one["image"].as_tensor().unbind(-1)]
+    for index, image in enumerate(slices):
+        expected = detector.embed(image[None])[0]
+        torch.testing.assert_close(dataset[index], expected, atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(torch.cat(list(dataset.batches(2))), torch.stack([dataset[i] for i in range(9)]))
+
+
+def test_nothing_is_read_or_embedded_twice(detector, files, tmp_path):
+    seen = []
+    first = cached(detector, files[:2], tmp_path / "cache", decoded(files, seen))
+    again = cached(detector, files, tmp_path / "cache", decoded(files, seen))
+    assert seen == ["a", "b", "c"]
+    assert torch.equal(first[0], again[0])
+
+
+def test_an_interrupted_run_keeps_what_it_embedded(detector, files, tmp_path, monkeypatch):
+    from bundle.data import store
+
+    monkeypatch.setattr(store, "SHARD_BYTES", 1)
+    seen = []
+
+    def interrupted(item):
+        if item["name"] == "c":
+            raise KeyboardInterrupt
+        return decoded(files, seen)(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(detector, files, tmp_path / "cache", interrupted)
+    cached(detector, files, tmp_path / "cache", decoded(files, seen))
+    assert seen[-1] == "c"
+    assert seen.count("a") == 1
+
+
+def test_moments_are_those_of_all_patches(detector, files, tmp_path):
+    dataset = cached(detector, files, tmp_path / "cache", decoded(files, []))
+    mean, deviation = dataset.channel_moments()
+    patches = torch.cat(list(dataset.batches())).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean, patches.mean(1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(deviation, patches.std(1, correction=0), atol=1e-4, rtol=1e-4)
