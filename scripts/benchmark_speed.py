@@ -43,14 +43,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 from bundle.compute import Compute
-from bundle.data import make_sample_cohort
+from bundle.data import EmbeddingDataset, EmbeddingStore, make_sample_cohort
 from bundle.errors import BundleError, check_choice
 from bundle.inferers import SliceBatchInferer
 from bundle.networks import AnomalyDetector, FeatureNetwork, SpatialARDensity
 from bundle.networks.density import kernel_taps, squared_error
 from bundle.networks.weights import BACKBONES, load_backbone
 from bundle.training import save_checkpoint
-from bundle.transforms import LoadCased, OrientSlicesd, ScaleIntensityByModalityd
+from bundle.transforms import ExtractSlicesd, LoadCased, OrientSlicesd, ScaleIntensityByModalityd
 
 PAPER = "paper loop fp32"
 PAPER_MAP = 240  # pixels; side of the maps that the authors' code evaluates
@@ -315,13 +315,12 @@ def build_export(setting: Setting, workspace: Path, kind: str, precision: str) -
     return Runner(file_to_map(setting, load_exported(path, compute), compute), None, stored)
 
 
-def file_to_map(setting: Setting, detector: Any, compute: Any) -> Callable[[list[str]], np.ndarray]:
+def file_to_map(setting: Setting, detector: Any, compute: Compute) -> Callable[[list[str]], np.ndarray]:
     """From the files of a batch to maps [B, 1, H, W, 1] of their size in memory, all in one forward pass."""
+    inferer = SliceBatchInferer(max(setting.batch_sizes), compute=compute)
 
     def run(files: list[str]) -> np.ndarray:
-        with compute.autocast():
-            maps = SliceBatchInferer(len(files))(load_images(files, setting.device), detector)
-        return maps.float().cpu().numpy()
+        return inferer(load_images(files, setting.device), detector).cpu().numpy()
 
     return run
 
@@ -642,29 +641,33 @@ def train_paper(setting: Setting, orders: list[list[list[int]]]) -> TrainingRun:
     return TrainingRun(features_clock.seconds, steps_clock.seconds, losses)
 
 
-def train_ours(setting: Setting, orders: list[list[list[int]]]) -> TrainingRun:
-    """As this bundle trains: the features of every image are computed once."""
-    detector = make_detector(setting).to(setting.device)
+def train_ours(setting: Setting, orders: list[list[list[int]]], workspace: Path) -> TrainingRun:
+    """As this bundle trains: the features of every image are computed once, and stream from the feature cache."""
+    detector = make_detector(setting)
+    cases = [{"image": file, "name": file} for file in setting.train_files]
+    transform = Compose([*reading().transforms, ExtractSlicesd("image")])
+    store = EmbeddingStore(workspace / "feature_cache", workspace, {"image_size": setting.image_size})
     features_clock, steps_clock = Clock(setting.device), Clock(setting.device)
-    with features_clock, torch.no_grad():
-        parts = in_batches(setting.train_files, FIT_BATCH)
-        embeddings = torch.cat([detector.embed(load_images(files, setting.device)[..., 0]).cpu() for files in parts])
+    with features_clock:
+        dataset = EmbeddingDataset(cases, transform, detector, Compute(setting.device, "fp32"), store, FIT_BATCH)
     step = TrainingStep(detector.density)
     losses = []
     for order in orders:
+        total = 0.0
         with steps_clock:
-            total = sum(step(embeddings[numbers].to(setting.device)) * len(numbers) for numbers in order)
-        losses.append(total / len(embeddings))
+            for numbers in order:
+                total += step(torch.stack([dataset[number] for number in numbers]).to(setting.device)) * len(numbers)
+        losses.append(total / len(dataset))
     return TrainingRun(features_clock.seconds, steps_clock.seconds, losses)
 
 
-def compare_training(setting: Setting) -> dict[str, Any]:
+def compare_training(setting: Setting, workspace: Path) -> dict[str, Any]:
     """Both trainings from the same weights over the same batches, the paper's for a few epochs only."""
     orders = batch_orders(setting)
     say(f"training as the paper's loop, {setting.paper_epochs} epochs")
     paper = train_paper(setting, orders[: setting.paper_epochs])
     say(f"training as this bundle, {setting.epochs} epochs")
-    ours = train_ours(setting, orders)
+    ours = train_ours(setting, orders, workspace)
     both = len(paper.losses)
     paper_s = (paper.features_s + paper.steps_s) / both * setting.epochs
     ours_s = ours.features_s + ours.steps_s
@@ -977,7 +980,7 @@ def benchmark(setting: Setting, workspace: Path) -> dict[str, Any]:
         "rows": rows,
         "unavailable": ready.unavailable,
         "prepare_s": ready.prepare_s,
-        "training": compare_training(setting) if setting.epochs and setting.paper_epochs else None,
+        "training": compare_training(setting, workspace) if setting.epochs and setting.paper_epochs else None,
     }
 
 
