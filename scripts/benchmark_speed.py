@@ -750,20 +750,29 @@ def about(setting: Setting, weights_origin: str) -> dict[str, Any]:
 
 def describe_machine(setting: Setting) -> dict[str, Any]:
     """Processor, cores, the instructions that matter, and the GPU if it is used."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
-    flags = entries.get("flags", "").split()
+    flags = cpu_entries().get("flags", "").split()
     return {
-        "processor": entries.get("model name") or platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": setting.threads,
         "instructions": [name for name in INSTRUCTIONS if name in flags],
         "gpu": torch.cuda.get_device_name(setting.device) if setting.device.startswith("cuda") else None,
         "load_average": list(os.getloadavg()),
     }
+
+
+def processor() -> str:
+    """The processor's name."""
+    return cpu_entries().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_entries() -> dict[str, str]:
+    """What Linux says of the first core; empty on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
 
 
 def installed(package: str) -> str:

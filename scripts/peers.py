@@ -46,9 +46,14 @@ class Peer(ABC):
         with patch.object(module, "TimmFeatureExtractor", return_value=extractor):
             self.model: Any = getattr(module, model_class)(**arguments)
 
-    @torch.no_grad()
     def fit(self, images: Iterable[Tensor]) -> None:
         """Store features of healthy ``images``, batches of [B, 3, H, W], normalized as the features need it."""
+        self.keep(images)
+        self._fill_bank()
+
+    @torch.no_grad()
+    def keep(self, images: Iterable[Tensor]) -> int:
+        """The first half of :meth:`fit`: keep all features, in memory as anomalib does; returns their bytes."""
         self.model.embedding_store.clear()
         self.model.train()  # anomalib's sign for 'keep the features, do not score'
         self._extractor.eval()
@@ -56,7 +61,7 @@ class Peer(ABC):
             self.model.to(batch.device)(batch)
         if not self.model.embedding_store:
             raise BundleError(f"{self.name} has no healthy image to store: give at least one")
-        self._fill_bank()
+        return sum(kept.numel() * kept.element_size() for kept in self.model.embedding_store)
 
     @abstractmethod
     def _fill_bank(self) -> None:

@@ -11,7 +11,8 @@ from monai.transforms import Compose
 from PIL import Image
 from pydicom.data import get_testdata_file
 
-from bundle.data import find_images, find_splits, readable
+from bundle.data import find_images, find_splits, read_splits, readable
+from bundle.data.store import content_key
 from bundle.errors import BundleError
 from bundle.transforms import LoadCased
 
@@ -205,3 +206,22 @@ def test_a_set_of_unreadable_images_only_is_refused_even_when_skipping(tmp_path)
 def test_a_misspelt_on_error_is_named(tmp_path):
     with pytest.raises(BundleError, match="did you mean 'skip'"):
         readable([], LoadCased("image"), on_error="skipp")
+
+
+def test_healthy_images_that_the_feature_cache_knows_are_not_read_again(tmp_path):
+    root = bmad(tmp_path)
+    read = []
+    known = {content_key(root / "train/good/h1.png")}
+    picture(root / "train/good/h2.png", value=7)
+    splits = read_splits(root, lambda case: read.append(Path(case["image"]).stem), store=known)
+    assert [Path(case["image"]).stem for case in splits["training"]] == ["h1", "h2"]
+    assert "h2" in read
+    assert "h1" not in read
+    assert {"t1", "t2", "t3"} < set(read)  # test images are always read
+
+
+def test_a_missing_image_is_named_with_a_feature_cache_too(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "data.json").write_text(json.dumps({"training": ["a.png", "missing.png"]}))
+    with pytest.raises(BundleError, match=r"no file at '.*missing\.png'"):
+        read_splits(tmp_path / "data.json", LoadCased("image"), store=set())

@@ -11,7 +11,7 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +22,7 @@ from pydicom.errors import InvalidDicomError
 from tqdm import tqdm
 
 from bundle.data.cohort import make_sample_cohort
+from bundle.data.store import content_key
 from bundle.distributed import gather, shard
 from bundle.errors import BundleError, check_choice, user_error
 from bundle.transforms.loading import DICOM_SUFFIXES, FLAT_SUFFIXES, SUFFIXES
@@ -47,6 +48,7 @@ def read_splits(
     on_error: str = "raise",
     seed: int = 0,
     needed: Sequence[str] = SPLITS,
+    store: Container[str] | None = None,
 ) -> dict[str, list[Case]]:
     """The readable cases of each split of a data set, see :func:`find_splits` and :func:`readable`.
 
@@ -58,6 +60,7 @@ def read_splits(
         on_error: ``raise`` or ``skip``.
         seed: see :func:`find_splits`.
         needed: the splits that are read; the others stay empty.
+        store: the feature cache; healthy images that it knows by their content were read before, and are not again.
 
     Raises:
         BundleError: for bad data, or if a split that alone is needed is empty.
@@ -69,13 +72,18 @@ def read_splits(
     splits = find_splits(path, seed, needed)
     if list(needed) == ["test"] and not splits["test"]:
         raise BundleError(f"'{path}' has no test images: put them into test/good and test/Ungood")
-    every = readable([case for split in SPLITS for case in splits[split]], transform, on_error)
-    kept = {id(case) for case in every}
+    known = {id(case) for split in ("training", "validation") for case in splits[split] if _is_in(store, case)}
+    unknown = [case for split in SPLITS for case in splits[split] if id(case) not in known]
+    kept = known | {id(case) for case in readable(unknown, transform, on_error)}
     splits = {split: [case for case in cases if id(case) in kept] for split, cases in splits.items()}
     for split in needed:
         if split != "test" and not splits[split]:
             raise BundleError(f"no image of the {split} split of '{path}' can be read: check the files")
     return splits
+
+
+def _is_in(store: Container[str] | None, case: Case) -> bool:
+    return store is not None and os.path.exists(case["image"]) and content_key(case["image"]) in store
 
 
 def find_splits(dataset_dir: str | os.PathLike, seed: int = 0, needed: Sequence[str] = SPLITS) -> dict[str, list[Case]]:
@@ -146,7 +154,7 @@ def find_images(dataset_dir: str | os.PathLike) -> list[Case]:
 
 
 def readable(cases: list[Case], transform: Callable[[Case], Any], on_error: str = "raise") -> list[Case]:
-    """The cases that can be read.
+    """The cases that can be read; processes that work together read a share each and tell each other.
 
     Args:
         cases: to read, each once.

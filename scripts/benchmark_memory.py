@@ -1,0 +1,293 @@
+"""Peak memory and model size of this bundle and of PatchCore against the number of images and their size.
+
+    python -m scripts.benchmark_memory --out docs/performance
+
+The bundle is measured by its real commands, each a process of its own, on slices of the synthetic sample cohort. This
+process stays small: a child's peak starts from that of the process which started it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SLICES = 40  # of a subject of the sample cohort
+VALIDATION = 20  # images
+CORESET_LIMIT = 1000  # images; beyond, choosing PatchCore's coreset takes hours
+MEGABYTE = 1e6
+
+
+@dataclass
+class Point:
+    """One measurement: ``peak_mb`` resident at most, ``model_mb`` stored, at ``images`` of side ``image_size``."""
+
+    series: str
+    images: int
+    image_size: int
+    peak_mb: float
+    model_mb: float | None = None
+
+
+def peak_of(command: Sequence[str]) -> float:
+    """Run ``command`` from the bundle's root; its peak resident memory in MB.
+
+    Raises:
+        RuntimeError: if it fails, with what it said last.
+    """
+    with tempfile.TemporaryFile() as log:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "2"}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            log.seek(0)
+            raise RuntimeError(f"{shlex.join(command)} failed: {log.read().decode()[-500:]}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / MEGABYTE
+
+
+def bundle_command(run: str, files: str, **knobs: Any) -> list[str]:
+    """A command of the bundle."""
+    words = [f"--{name}={value}" for name, value in knobs.items()]
+    return [sys.executable, "-m", "monai.bundle", "run", run, "--config_file", files, *words]
+
+
+def datalist(folder: Path, cohort: Path, training: int, test: int) -> Path:
+    """A datalist of the first slices of the cohort.
+
+    Raises:
+        SystemExit: if it has too few.
+    """
+    healthy = sorted(cohort.glob("slices/train/good/*.png"))
+    tested = sorted(cohort.glob("slices/test/*/img/*.png"))
+    if len(healthy) < training + VALIDATION or len(tested) < test:
+        sys.exit(f"error: '{cohort}' has {len(healthy)} healthy and {len(tested)} test slices: name a new folder")
+    lists = {
+        "training": [{"image": str(path)} for path in healthy[VALIDATION : VALIDATION + training]],
+        "validation": [{"image": str(path)} for path in healthy[:VALIDATION]],
+        "test": [_with_mask(path) for path in tested[:test]],
+    }
+    path = folder / f"datalist-{training}-{test}.json"
+    path.write_text(json.dumps(lists), encoding="utf-8")
+    return path
+
+
+def _with_mask(image: Path) -> dict[str, Any]:
+    if image.parts[-3] == "good":
+        return {"image": str(image), "label": 0}
+    return {"image": str(image), "label": str(image.parents[1] / "label" / image.name)}
+
+
+def measure_bundle(folder: Path, cohort: Path, counts: Sequence[int], sizes: Sequence[int], side: int) -> list[Point]:
+    """Training against the number of training images, evaluation against test images, inference against their size."""
+    common = {"backbone": "efficientnet_lite0", "device": "cpu", "tracking_uri": "off", "hidden_channels": 64}
+    points = []
+    for count in counts:
+        say(f"training on {count} images")
+        output = folder / f"train-{count}"
+        knobs = {**common, "image_size": side, "max_epochs": 1, "output_dir": output}
+        data = datalist(folder, cohort, count, 0)
+        peak = peak_of(bundle_command("training", "configs/train.json", dataset_dir=data, **knobs))
+        stored = (output / "model.pt").stat().st_size / MEGABYTE
+        points.append(Point("training", count, side, peak, stored))
+    model = folder / f"train-{counts[0]}" / "model.pt"
+    for count in counts:
+        say(f"evaluating {count} images")
+        knobs = {**common, "image_size": side, "checkpoint": model, "output_dir": folder / f"test-{count}"}
+        data = datalist(folder, cohort, counts[0], count)
+        files = "['configs/train.json','configs/evaluate.json']"
+        points.append(
+            Point("evaluation", count, side, peak_of(bundle_command("evaluating", files, dataset_dir=data, **knobs)))
+        )
+    for size in sizes:
+        say(f"inference at {size} pixels")
+        output = folder / f"size-{size}"
+        knobs = {**common, "image_size": size, "output_dir": output}
+        data = datalist(folder, cohort, 16, 16)
+        run = bundle_command("training", "configs/train.json", dataset_dir=data, max_epochs=1, **knobs)
+        peak_of(run)
+        run = bundle_command("evaluating", "['configs/train.json','configs/evaluate.json']", dataset_dir=data, **knobs)
+        points.append(Point("inference", 16, size, peak_of(run), (output / "model.pt").stat().st_size / MEGABYTE))
+    return points
+
+
+def measure_peer(folder: Path, cohort: Path, counts: Sequence[int], side: int) -> list[Point]:
+    """PatchCore on the same images and features; beyond :data:`CORESET_LIMIT` only up to the choice of its coreset."""
+    points = []
+    for count in counts:
+        say(f"PatchCore on {count} images")
+        result = folder / f"peer-{count}.json"
+        command = [sys.executable, "-m", "scripts.benchmark_memory", "--peer", str(result)]
+        command += ["--datalist", str(datalist(folder, cohort, count, 0)), "--side", str(side)]
+        peak = peak_of(command)
+        points.append(Point("PatchCore", count, side, peak, json.loads(result.read_text())["bank_bytes"] / MEGABYTE))
+    return points
+
+
+def run_peer(result: Path, images: Path, side: int) -> None:
+    """Fit PatchCore in this process and write the size of its bank."""
+    import torch
+
+    from bundle.networks import FeatureNetwork
+    from scripts.benchmark_speed import FIT_BATCH, in_batches, load_images
+    from scripts.peers import PatchCorePeer
+
+    torch.manual_seed(0)
+    files = [item["image"] for item in json.loads(images.read_text(encoding="utf-8"))["training"]]
+    features = FeatureNetwork("efficientnet_lite0")
+    peer = PatchCorePeer(features)
+
+    def batches() -> Any:
+        for part in in_batches(files, FIT_BATCH):
+            pixels = load_images(part, "cpu")[..., 0]
+            resized = torch.nn.functional.interpolate(pixels, [side, side], mode="bilinear", antialias=True)
+            yield features.normalize(resized)
+
+    if len(files) <= CORESET_LIMIT:
+        peer.fit(batches())
+        size = peer.stored_bytes
+    else:
+        size = round(peer.coreset_ratio * peer.keep(batches()))
+    result.write_text(json.dumps({"bank_bytes": size}), encoding="utf-8")
+
+
+def draw(points: list[Point], title: str) -> Any:
+    """Four panels: training images, test images, image size, model size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = figure.subplots(2, 2)
+    series = {name: [point for point in points if point.series == name] for name in {p.series for p in points}}
+    ours, theirs = "#30506e", "#b5651d"
+
+    def line(panel: Any, name: str, horizontal: str, vertical: str, color: str, label: str) -> None:
+        chosen = series.get(name, [])
+        panel.plot(
+            [getattr(one, horizontal) for one in chosen],
+            [getattr(one, vertical) for one in chosen],
+            "o-",
+            color=color,
+            label=label,
+        )
+
+    line(panels[0, 0], "training", "images", "peak_mb", ours, "this bundle, training")
+    line(panels[0, 0], "PatchCore", "images", "peak_mb", theirs, "PatchCore (anomalib), fitting")
+    line(panels[0, 1], "evaluation", "images", "peak_mb", ours, "this bundle, evaluation")
+    line(panels[1, 0], "inference", "image_size", "peak_mb", ours, "this bundle, evaluation of 16 images")
+    line(panels[1, 1], "training", "images", "model_mb", ours, "this bundle, model.pt")
+    line(panels[1, 1], "PatchCore", "images", "model_mb", theirs, "PatchCore, memory bank")
+    for panel, below, left in (
+        (panels[0, 0], "training images", "peak resident memory, MB"),
+        (panels[0, 1], "test images", "peak resident memory, MB"),
+        (panels[1, 0], "image_size, pixels", "peak resident memory, MB"),
+        (panels[1, 1], "training images", "stored model, MB"),
+    ):
+        panel.set(xlabel=below, ylabel=left)
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+        if "images" in below:
+            panel.set_xscale("log")
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def report(points: list[Point], command: str, machine: str, side: int) -> str:
+    """The Markdown page."""
+    lines = [
+        "# Memory",
+        "",
+        "Made by",
+        "",
+        "```sh",
+        command,
+        "```",
+        "",
+        f"on {machine}. Images are slices of the **synthetic** sample cohort; EfficientNet-Lite0 at {side} x {side} "
+        "where no other size is said. Peaks are those of whole processes, imports of torch and MONAI included; the "
+        "bundle's are those of its real commands `training` and `evaluating`.",
+        "",
+        "![Peak memory and model size](memory.png)",
+        "",
+        "| what | images | image_size | peak memory, MB | stored model, MB |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for point in points:
+        stored = "-" if point.model_mb is None else f"{point.model_mb:.3g}"
+        lines.append(f"| {point.series} | {point.images} | {point.image_size} | {point.peak_mb:.0f} | {stored} |")
+    lines += [
+        "",
+        f"PatchCore keeps a tenth of all healthy patches. Beyond {CORESET_LIMIT} images the choice of these would take "
+        "hours, so its peak is that of keeping all features until then, a lower bound, and its stored size a tenth of "
+        "them. The bundle's features are on disk, in the feature cache, and their pages are the system's, not the "
+        "process's.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def make_cohort(folder: Path, count: int) -> None:
+    """A sample cohort with ``count`` training and test slices, made by a process of its own."""
+    subjects = -(-(count + VALIDATION) // SLICES)
+    command = [sys.executable, "-m", "scripts.make_sample_cohort", "--out", str(folder), "--slices", str(SLICES)]
+    # a few slices of diseased subjects are left out
+    subprocess.run(
+        [*command, "--train", str(subjects), "--valid", "0", "--test", str(2 * subjects)], cwd=ROOT, check=True
+    )
+
+
+def say(message: str) -> None:
+    """Tell what goes on, beside the output."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Measure, or fit PatchCore in a process of its own."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("docs/performance"), help="folder of memory.json, .md, .png")
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=[100, 300, 1000, 3000, 10000], help="numbers of images"
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 448, 640], help="of images, in pixels")
+    parser.add_argument("--side", type=int, default=96, help="image_size where the number of images varies")
+    parser.add_argument("--cohort", type=Path, help="a sample cohort, made if it is missing; default: a temporary one")
+    parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--datalist", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.peer:
+        run_peer(given.peer, given.datalist, given.side)
+        return
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        folder = Path(name)
+        cohort = (given.cohort or folder / "cohort").resolve()
+        if not cohort.exists():
+            say(f"making {max(given.counts)} slices each")
+            make_cohort(cohort, max(given.counts))
+        points = measure_bundle(folder, cohort, given.counts, given.sizes, given.side)
+        points += measure_peer(folder, cohort, given.counts, given.side)
+    write(points, given.out, given.side)
+
+
+def write(points: list[Point], folder: Path, side: int) -> None:
+    """``memory.json``, ``memory.md`` and ``memory.png``."""
+    from scripts.benchmark_speed import processor  # imports torch, which the measuring above must not have
+
+    command = f"python -m scripts.benchmark_memory {shlex.join(sys.argv[1:])}".strip()
+    machine = f"{processor()}, {os.cpu_count()} cores"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {"command": command, "machine": machine, "points": [vars(point) for point in points]}
+    (folder / "memory.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (folder / "memory.md").write_text(report(points, command, machine, side), encoding="utf-8")
+    draw(points, f"SYNTHETIC images, EfficientNet-Lite0; {machine}").savefig(folder / "memory.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
