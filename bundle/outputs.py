@@ -39,7 +39,7 @@ class DetectionSaver:
         output_dir: the folder; subfolders of the input are kept.
         detector: with the threshold of its checkpoint.
         dataset_dir: for the words about the data.
-        tracker: keeps ``scores.csv``.
+        tracker: its run opens with the first result and keeps ``scores.csv``.
     """
 
     def __init__(
@@ -65,6 +65,8 @@ class DetectionSaver:
         state: Any = engine.state
         for case, found in zip(state.batch, state.output, strict=True):
             self.save(case, found)
+        if self.rows:
+            self.tracker.start()  # only now: the first result need not wait until MLflow has its database
 
     def save(self, case: dict[str, Any], found: dict[str, Any]) -> None:
         """Write the files of one case.

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 SLICES = 40  # of a subject of the sample cohort
 VALIDATION = 20  # images
 CORESET_LIMIT = 1000  # images; beyond, choosing PatchCore's coreset takes hours
+SIZE_IMAGES = 16  # to learn from and to score, where the image size varies
+BACKBONE = "efficientnet_lite0"
 MEGABYTE = 1e6
 
 
@@ -88,7 +90,7 @@ def _with_mask(image: Path) -> dict[str, Any]:
 
 def measure_bundle(folder: Path, cohort: Path, counts: Sequence[int], sizes: Sequence[int], side: int) -> list[Point]:
     """Training against the number of training images, evaluation against test images, inference against their size."""
-    common = {"backbone": "efficientnet_lite0", "device": "cpu", "tracking_uri": "off", "hidden_channels": 64}
+    common = {"backbone": BACKBONE, "device": "cpu", "tracking_uri": "off", "hidden_channels": 64}
     points = []
     for count in counts:
         say(f"training on {count} images")
@@ -111,29 +113,53 @@ def measure_bundle(folder: Path, cohort: Path, counts: Sequence[int], sizes: Seq
         say(f"inference at {size} pixels")
         output = folder / f"size-{size}"
         knobs = {**common, "image_size": size, "output_dir": output}
-        data = datalist(folder, cohort, 16, 16)
+        data = datalist(folder, cohort, SIZE_IMAGES, SIZE_IMAGES)
         run = bundle_command("training", "configs/train.json", dataset_dir=data, max_epochs=1, **knobs)
         peak_of(run)
         run = bundle_command("evaluating", "['configs/train.json','configs/evaluate.json']", dataset_dir=data, **knobs)
-        points.append(Point("inference", 16, size, peak_of(run), (output / "model.pt").stat().st_size / MEGABYTE))
+        points.append(Point("size", SIZE_IMAGES, size, peak_of(run), (output / "model.pt").stat().st_size / MEGABYTE))
     return points
 
 
-def measure_peer(folder: Path, cohort: Path, counts: Sequence[int], side: int) -> list[Point]:
-    """PatchCore on the same images and features; beyond :data:`CORESET_LIMIT` only up to the choice of its coreset."""
+def measure_peer(folder: Path, cohort: Path, counts: Sequence[int], sizes: Sequence[int], side: int) -> list[Point]:
+    """PatchCore on the same images and features: fitting and scoring, each in a process of its own.
+
+    Beyond :data:`CORESET_LIMIT` images it is fitted only up to the choice of its coreset.
+    """
+
+    def fit(data: Path, size: int, bank: Path) -> float:
+        return peak_of([*command, "fit", "--datalist", str(data), "--side", str(size), "--bank", str(bank)])
+
+    def score(data: Path, size: int, bank: Path) -> float:
+        return peak_of([*command, "score", "--datalist", str(data), "--side", str(size), "--bank", str(bank)])
+
+    command = [sys.executable, "-m", "scripts.benchmark_memory", "--peer"]
     points = []
     for count in counts:
         say(f"PatchCore on {count} images")
-        result = folder / f"peer-{count}.json"
-        command = [sys.executable, "-m", "scripts.benchmark_memory", "--peer", str(result)]
-        command += ["--datalist", str(datalist(folder, cohort, count, 0)), "--side", str(side)]
-        peak = peak_of(command)
-        points.append(Point("PatchCore", count, side, peak, json.loads(result.read_text())["bank_bytes"] / MEGABYTE))
+        bank = folder / f"bank-{count}.pt"
+        peak = fit(datalist(folder, cohort, count, 0), side, bank)
+        if count <= CORESET_LIMIT:
+            stored = bank.stat().st_size
+        else:
+            stored = json.loads(bank.with_suffix(".json").read_text())["bank_bytes"]
+        points.append(Point("PatchCore fitting", count, side, peak, stored / MEGABYTE))
+    for count in counts:
+        say(f"PatchCore, scoring {count} images")
+        peak = score(datalist(folder, cohort, counts[0], count), side, folder / f"bank-{counts[0]}.pt")
+        points.append(Point("PatchCore scoring", count, side, peak))
+    for size in sizes:
+        say(f"PatchCore at {size} pixels")
+        bank, data = folder / f"bank-size-{size}.pt", datalist(folder, cohort, SIZE_IMAGES, SIZE_IMAGES)
+        fit(data, size, bank)
+        points.append(
+            Point("PatchCore size", SIZE_IMAGES, size, score(data, size, bank), bank.stat().st_size / MEGABYTE)
+        )
     return points
 
 
-def run_peer(result: Path, images: Path, side: int) -> None:
-    """Fit PatchCore in this process and write the size of its bank."""
+def run_peer(action: str, data: Path, side: int, bank: Path) -> None:
+    """``fit`` PatchCore in this process and write its memory ``bank``, or ``score`` test images with it."""
     import torch
 
     from bundle.networks import FeatureNetwork
@@ -141,8 +167,9 @@ def run_peer(result: Path, images: Path, side: int) -> None:
     from scripts.peers import PatchCorePeer
 
     torch.manual_seed(0)
-    files = [item["image"] for item in json.loads(images.read_text(encoding="utf-8"))["training"]]
-    features = FeatureNetwork("efficientnet_lite0")
+    lists = json.loads(data.read_text(encoding="utf-8"))
+    files = [item["image"] for item in lists["training" if action == "fit" else "test"]]
+    features = FeatureNetwork(BACKBONE)
     peer = PatchCorePeer(features)
 
     def batches() -> Any:
@@ -151,12 +178,16 @@ def run_peer(result: Path, images: Path, side: int) -> None:
             resized = torch.nn.functional.interpolate(pixels, [side, side], mode="bilinear", antialias=True)
             yield features.normalize(resized)
 
-    if len(files) <= CORESET_LIMIT:
+    if action == "score":
+        peer.memory_bank = torch.load(bank, weights_only=True)
+        for batch in batches():
+            peer.detect(batch)
+    elif len(files) <= CORESET_LIMIT:
         peer.fit(batches())
-        size = peer.stored_bytes
+        torch.save(peer.memory_bank.clone(), bank)
     else:
         size = round(peer.coreset_ratio * peer.keep(batches()))
-    result.write_text(json.dumps({"bank_bytes": size}), encoding="utf-8")
+        bank.with_suffix(".json").write_text(json.dumps({"bank_bytes": size}), encoding="utf-8")
 
 
 def draw(points: list[Point], title: str) -> Any:
@@ -179,11 +210,13 @@ def draw(points: list[Point], title: str) -> Any:
         )
 
     line(panels[0, 0], "training", "images", "peak_mb", ours, "this bundle, training")
-    line(panels[0, 0], "PatchCore", "images", "peak_mb", theirs, "PatchCore (anomalib), fitting")
+    line(panels[0, 0], "PatchCore fitting", "images", "peak_mb", theirs, "PatchCore (anomalib), fitting")
     line(panels[0, 1], "evaluation", "images", "peak_mb", ours, "this bundle, evaluation")
-    line(panels[1, 0], "inference", "image_size", "peak_mb", ours, "this bundle, evaluation of 16 images")
+    line(panels[0, 1], "PatchCore scoring", "images", "peak_mb", theirs, "PatchCore, scoring")
+    line(panels[1, 0], "size", "image_size", "peak_mb", ours, "this bundle, evaluation")
+    line(panels[1, 0], "PatchCore size", "image_size", "peak_mb", theirs, "PatchCore, scoring")
     line(panels[1, 1], "training", "images", "model_mb", ours, "this bundle, model.pt")
-    line(panels[1, 1], "PatchCore", "images", "model_mb", theirs, "PatchCore, memory bank")
+    line(panels[1, 1], "PatchCore fitting", "images", "model_mb", theirs, "PatchCore, memory bank")
     for panel, below, left in (
         (panels[0, 0], "training images", "peak resident memory, MB"),
         (panels[0, 1], "test images", "peak resident memory, MB"),
@@ -228,7 +261,8 @@ def report(points: list[Point], command: str, machine: str, side: int) -> str:
         f"PatchCore keeps a tenth of all healthy patches. Beyond {CORESET_LIMIT} images the choice of these would take "
         "hours, so its peak is that of keeping all features until then, a lower bound, and its stored size a tenth of "
         "them. The bundle's features are on disk, in the feature cache, and their pages are the system's, not the "
-        "process's.",
+        "process's. PatchCore scores with the bank of the fewest training images, this bundle evaluates, metrics "
+        f"and figures included; where the size varies, both learn from {SIZE_IMAGES} images and score {SIZE_IMAGES}.",
         "",
     ]
     return "\n".join(lines)
@@ -259,11 +293,12 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 448, 640], help="of images, in pixels")
     parser.add_argument("--side", type=int, default=96, help="image_size where the number of images varies")
     parser.add_argument("--cohort", type=Path, help="a sample cohort, made if it is missing; default: a temporary one")
-    parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--peer", choices=["fit", "score"], help=argparse.SUPPRESS)
     parser.add_argument("--datalist", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--bank", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.peer:
-        run_peer(given.peer, given.datalist, given.side)
+        run_peer(given.peer, given.datalist, given.side, given.bank)
         return
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
@@ -272,7 +307,7 @@ def main() -> None:
             say(f"making {max(given.counts)} slices each")
             make_cohort(cohort, max(given.counts))
         points = measure_bundle(folder, cohort, given.counts, given.sizes, given.side)
-        points += measure_peer(folder, cohort, given.counts, given.side)
+        points += measure_peer(folder, cohort, given.counts, given.sizes, given.side)
     write(points, given.out, given.side)
 
 
