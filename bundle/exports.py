@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -30,6 +29,7 @@ from torch.nn import functional as F
 from bundle.compute import Compute
 from bundle.errors import BundleError, check_choice
 from bundle.networks.detector import AnomalyDetector, Detection, refuse_other
+from bundle.networks.features import CPU_PIXELS
 from bundle.networks.weights import BACKBONES, BackboneSpec
 from bundle.outputs import write_csv
 from bundle.provenance import model_words
@@ -66,8 +66,6 @@ class ExportGraph(nn.Module):
     def __init__(self, detector: AnomalyDetector) -> None:
         super().__init__()
         self.detector = copy.deepcopy(detector).float().cpu().eval()
-        if hasattr(self.detector.features.backbone, "cpu_batch"):
-            self.detector.features.backbone.cpu_batch = sys.maxsize
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Anomaly map [B, 1, H, W], image score [B] and patch map [B, h, w] of ``image`` [B, 1 or 3, H, W]."""
@@ -75,7 +73,7 @@ class ExportGraph(nn.Module):
         channels = torch.arange(3, device=image.device) * torch.sym_min(image.shape[1] - 1, 1)
         resized = resize_by_matrices(image, self.detector.image_size)[:, channels]
         features = self.detector.features
-        patch_map = self.detector.score_patches(features(features.normalize(resized)))
+        patch_map = self.detector.score_patches(features.backbone(features.normalize(resized)))
         anomaly_map = F.interpolate(
             patch_map.unsqueeze(1), [image.shape[-2], image.shape[-1]], mode="bilinear", align_corners=False
         )
@@ -237,6 +235,8 @@ def _optional(name: str) -> Any:
 class ExportedDetector(nn.Module):
     """A detector in a file: what inference needs of :class:`AnomalyDetector`, without a backbone or its weights.
 
+    On a CPU few images go through at once, as in :class:`FeatureNetwork`.
+
     Args:
         run: gives the outputs of :class:`Detection`, in its order, of images [B, 1 or 3, H, W].
         identity: as :meth:`AnomalyDetector.describe` gives it.
@@ -266,7 +266,10 @@ class ExportedDetector(nn.Module):
             raise BundleError("an exported detector has no raw scores: use the checkpoint (raw=True)")
         if image.ndim != 4 or image.shape[1] not in (1, 3):
             raise BundleError(f"image of shape {list(image.shape)}: give [batch, 1 or 3 channels, height, width]")
-        return Detection(*(output.to(image.device) for output in self._run(image)))
+        height, width = self.image_size
+        parts = [image] if image.is_cuda else image.split(max(1, CPU_PIXELS // (height * width)))
+        outputs = zip(*(self._run(part) for part in parts), strict=True)
+        return Detection(*(torch.cat(output).to(image.device) for output in outputs))
 
     def forward(self, image: Tensor) -> Tensor:
         """The anomaly map [B, 1, H, W] of ``image`` [B, 1 or 3, H, W] in [0, 1]."""

@@ -142,7 +142,7 @@ class SpatialARDensity(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Predict ``features`` [B, C, H, W] from their context; returns [B, C, H, W]."""
-        return self.net(features)
+        return self.net(features.contiguous(memory_format=torch.channels_last))  # the fastest order, to learn as well
 
     def describe(self) -> dict[str, object]:
         """The hyper-parameters that the weights depend on, as plain JSON values."""

@@ -15,9 +15,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from bundle.errors import BundleError
 from bundle.networks.weights import BACKBONES, load_backbone
 
+CPU_PIXELS = 2 * 320 * 320  # of the images that go through a network at once on a CPU
+
 
 class FeatureNetwork(nn.Module):
     """A frozen backbone and the normalization of its input.
+
+    On a CPU few images go through at once, :data:`CPU_PIXELS` together: their activations stay in caches and in memory
+    that is in use already, which is faster than a large batch and needs less (``scripts/benchmark_speed.py``).
 
     It never trains, stays in evaluation mode, and contributes nothing to a state dict: its weights come from where its
     arguments say, and ``weights_id`` tells what they were. A scripted network does hold all weights. Scriptable by
@@ -65,6 +70,7 @@ class FeatureNetwork(nn.Module):
         self.weights_origin = source.origin
         self.patch_size = spec.patch
         self.keeps_bf16 = spec.keeps_bf16
+        self.cpu_pixels = CPU_PIXELS
         self.layers = _checked_layers(
             spec.layers if layers is None else layers, len(spec.strides) or len(network.blocks), source.backbone
         )
@@ -91,7 +97,10 @@ class FeatureNetwork(nn.Module):
             raise BundleError(
                 f"image of {height} x {width} pixels: height and width must be divisible by {self.patch_size}"
             )
-        return self.backbone(image)
+        if image.is_cuda or torch.jit.is_tracing():
+            return self.backbone(image)
+        parts = image.split(max(1, self.cpu_pixels // (height * width)))
+        return torch.cat([self.backbone(part) for part in parts])
 
     def describe(self) -> dict[str, Any]:
         """What decides the embeddings, as plain JSON values."""
@@ -147,11 +156,7 @@ class _Blocks(nn.Module):
 
 
 class _Stages(nn.Module):
-    """The stages of a convolutional network up to the deepest tapped one, brought to the grid of stride 16.
-
-    On a CPU few images go through at once: the wide early activations then stay in caches and in memory that is in use
-    already, which is faster than a large batch (``scripts/benchmark_speed.py``).
-    """
+    """The stages of a convolutional network up to the deepest tapped one, brought to the grid of stride 16."""
 
     def __init__(self, network: Any, strides: Sequence[int], layers: list[int]) -> None:
         super().__init__()
@@ -166,16 +171,10 @@ class _Stages(nn.Module):
         self.stages = nn.ModuleList(stages[: layers[-1] + 1])
         self.strides = list(strides)
         self.layers = layers
-        self.cpu_batch = 2
         _fold_batch_norms(self)
         self.to(memory_format=torch.channels_last)  # depthwise convolutions run faster so on a CPU
 
     def forward(self, image: Tensor) -> Tensor:
-        if image.is_cuda or torch.jit.is_tracing() or image.shape[0] <= self.cpu_batch:
-            return self._embed(image)
-        return torch.cat([self._embed(part) for part in image.split(self.cpu_batch)])
-
-    def _embed(self, image: Tensor) -> Tensor:
         grid = [image.shape[-2] // 16, image.shape[-1] // 16]
         features = self.stem(image)
         maps: list[Tensor] = []
