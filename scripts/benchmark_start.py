@@ -35,7 +35,8 @@ POLL = 0.01  # seconds
 
 def make_inputs(folder: Path) -> None:
     """A checkpoint with random density, and one picture of noise: what they hold does not change the time."""
-    save_checkpoint(AnomalyDetector(FeatureNetwork(BACKBONE), 320), folder / "model.pt")
+    preprocessing = {"intensity": "auto", "slice_plane": "axial"}  # as configs/inference.json has them
+    save_checkpoint(AnomalyDetector(FeatureNetwork(BACKBONE), 320, preprocessing=preprocessing), folder / "model.pt")
     pixels = np.random.default_rng(0).integers(0, 256, (240, 240), dtype=np.uint8)
     (folder / "images").mkdir()
     Image.fromarray(pixels).save(folder / "images" / "noise.png")
