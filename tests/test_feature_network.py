@@ -517,3 +517,15 @@ def test_named_backbone_never_falls_back() -> None:
         "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/",
     ):
         assert way in message
+
+
+def test_on_a_cpu_a_large_batch_goes_through_in_parts_and_gives_the_same():
+    network = FeatureNetwork("dinov3_vits16", "random", timm_kwargs=META_KWARGS)
+    images = torch.rand(5, 3, 320, 320)
+    network.cpu_pixels = 5 * 320 * 320
+    whole = network(images)
+    network.cpu_pixels = 2 * 320 * 320
+    parts: list[int] = []
+    network.backbone.register_forward_pre_hook(lambda _, inputs: parts.append(len(inputs[0])))
+    torch.testing.assert_close(network(images), whole)
+    assert parts == [2, 2, 1]

@@ -47,7 +47,7 @@ class BackboneSpec:
         std: the deviation to match.
         patch: stride of the output grid, in pixels.
         keeps_bf16: whether bf16 changes the embeddings by less than 1 %. A ViT-S/16 and a ConvNeXt with random weights
-            change by 0.3 and 0.5 %, EfficientNet-Lite0 by 6 % (``tests/test_compute.py``).
+            change by half a percent at most, EfficientNet-Lite0 by several (``docs/performance.md``).
     """
 
     timm_name: str
