@@ -95,7 +95,7 @@ def measure(rounds: int) -> dict[str, list[float]]:
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             for module in IMPORTS:
-                seconds.setdefault(f"import {module}", []).append(import_seconds(module))
+                seconds.setdefault(f"import {module}, end of the process", []).append(import_seconds(module))
             first, end = first_result(folder)
             seconds.setdefault("inferring, first result", []).append(first)
             seconds.setdefault("inferring, end", []).append(end)
