@@ -261,8 +261,9 @@ def report(points: list[Point], command: str, machine: str, side: int) -> str:
         f"PatchCore keeps a tenth of all healthy patches. Beyond {CORESET_LIMIT} images the choice of these would take "
         "hours, so its peak is that of keeping all features until then, a lower bound, and its stored size a tenth of "
         "them. The bundle's features are on disk, in the feature cache; its pages that are mapped count as resident, "
-        "though the system may take them back. PatchCore scores with the bank of the fewest training images, this bundle evaluates, metrics "
-        f"and figures included; where the size varies, both learn from {SIZE_IMAGES} images and score {SIZE_IMAGES}.",
+        "though the system may take them back. PatchCore scores with the bank of the fewest training images, this "
+        "bundle evaluates, metrics and figures included; where the size varies, both learn from "
+        f"{SIZE_IMAGES} images and score {SIZE_IMAGES}.",
         "",
     ]
     return "\n".join(lines)
