@@ -167,3 +167,10 @@ def test_it_says_what_it_takes(tmp_path):
     taken = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
     assert store.total_bytes() == taken
     assert f"{taken / 1e9:.3g} GB of at most 20 GB" in store.describe()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_asking_for_an_entry_writes_nothing(kept, tmp_path):
+    store = EmbeddingStore(tmp_path / "cache" if kept else "off", tmp_path / "output", RECIPE)
+    assert "a" not in store
+    assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ from bundle import __version__
 from bundle.errors import BundleError, check_choice
 
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-SHARD_BYTES = 2**26  # what an interruption loses at most, and a file that opens fast
+SHARD_BYTES = 2**24  # what waits in memory and what an interruption loses at most; a file that opens fast
 GIGABYTE = 10**9
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,8 @@ class EmbeddingStore:
         return self._directory / _digest(json.dumps(self.recipe, sort_keys=True).encode())[:16]
 
     def __contains__(self, key: str) -> bool:
+        if not self.kept and not self._opened:
+            return False  # and no temporary folder, before anything is to be kept
         self._open()
         return key in self._shard_of
 
@@ -126,6 +128,7 @@ class EmbeddingStore:
         if not self._waiting:
             return
         self._open()
+        self._make_folder()
         self._make_room(sum(value.nbytes for value in self._waiting.values()))
         shard = self.folder / f"{_digest(''.join(sorted(self._waiting)).encode())[:32]}.safetensors"
         partial = shard.with_name(f"{shard.name}.{os.getpid()}.partial")
@@ -158,7 +161,7 @@ class EmbeddingStore:
         return f"feature cache '{self._directory}': {taken:.3g} GB of at most {self.limit / GIGABYTE:g} GB"
 
     def _open(self) -> None:
-        """Make the folder and read its index, with the first use."""
+        """Read the index, with the first use; nothing is written yet, but a temporary folder."""
         if self._opened:
             return
         self._opened = True
@@ -168,13 +171,15 @@ class EmbeddingStore:
                 self._temporary = tempfile.TemporaryDirectory(dir=self._directory, prefix="embeddings-")
             name = self._temporary.name if self._temporary else ""
             self._directory = Path(str(idist.broadcast(name, src=0)) if idist.get_world_size() > 1 else name)
+        self.refresh()
+
+    def _make_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         note = self.folder / "recipe.json"
         if not note.exists():
             partial = note.with_name(f"{note.name}.{os.getpid()}.partial")
             partial.write_text(json.dumps(self.recipe, indent=1, sort_keys=True) + "\n")
             os.replace(partial, note)
-        self.refresh()
 
     def _index(self, shard: Path) -> None:
         try:
