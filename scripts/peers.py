@@ -293,19 +293,19 @@ class PeerDetector(nn.Module):
         own = {"peer": self.kind, "peer_arguments": self.arguments}
         return {key: value for key, value in self.detector.describe().items() if key not in taken} | own
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What is stored, the threshold, and the identity."""
         return {"identity": self.describe(), "threshold": self.threshold, **self.peer.stored}
 
-    def load_state_dict(self, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
         """Take the state of an earlier :meth:`fit`.
 
         Raises:
             BundleError: if it is of another backbone, preprocessing or peer.
         """
-        refuse_other(state["identity"], self.describe())
-        self.threshold.copy_(state["threshold"])
-        self.peer.stored = {name: state[name].to(self.threshold.device) for name in self.peer.stored_names}
+        refuse_other(state_dict["identity"], self.describe())
+        self.threshold.copy_(state_dict["threshold"])
+        self.peer.stored = {name: state_dict[name].to(self.threshold.device) for name in self.peer.stored_names}
 
 
 def sample(cases: list[Case], count: int | None, seed: int) -> list[Case]:
