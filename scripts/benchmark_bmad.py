@@ -72,12 +72,12 @@ def find_sets(root: Path, config: dict[str, Any], wanted: list[str] | None) -> d
         BundleError: if a name is unknown, a wanted set or all sets are missing, or two folders claim to be one set.
     """
     if not wanted and holds_splits(root):
-        return {set_name(root, root.parent, config) or root.resolve().name: root}
+        return {set_name(root, root, config) or root.absolute().name: root}
     for name in wanted or ():
         check_choice("set", name, config["sets"])
     found: dict[str, Path] = {}
     for folder in set_folders(root):
-        own = set_name(folder, root.parent, config)
+        own = set_name(folder, root, config)
         if own in found:
             raise BundleError(f"'{found[own]}' and '{folder}' are both the set {own}: move one of them away")
         if own is not None:
@@ -96,7 +96,7 @@ def find_sets(root: Path, config: dict[str, Any], wanted: list[str] | None) -> d
 
 def set_folders(root: Path) -> Iterator[Path]:
     """Folders in BMAD's layout in and below ``root``; what lies in one of them is its own."""
-    for directory, subfolders, _ in os.walk(root):
+    for directory, subfolders, _ in os.walk(root, followlinks=True):
         folder = Path(directory)
         if holds_splits(folder):
             yield folder
@@ -110,10 +110,10 @@ def holds_splits(folder: Path) -> bool:
     return folder.is_dir() and {"train", "test"} <= {sub.name.lower() for sub in folder.iterdir() if sub.is_dir()}
 
 
-def set_name(folder: Path, above: Path, config: dict[str, Any]) -> str | None:
-    """BMAD's set that ``folder``, or the closest folder around it up to ``above``, is named after, in any case."""
+def set_name(folder: Path, root: Path, config: dict[str, Any]) -> str | None:
+    """BMAD's set that ``folder``, or the closest folder around it up to ``root``, is named after, in any case."""
     names = {spelling.lower(): name for name, one in config["sets"].items() for spelling in one["folders"]}
-    parts = folder.resolve().relative_to(above.resolve()).parts
+    parts = folder.absolute().relative_to(root.absolute().parent).parts
     return next((names[part.lower()] for part in reversed(parts) if part.lower() in names), None)
 
 

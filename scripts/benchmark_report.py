@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from scripts.benchmark_cells import METRICS, write
@@ -23,7 +24,7 @@ TITLES = {
     "image_auroc": "image AUROC",
     "image_ap": "image AP",
 }
-REFERENCE, DENSITY, PEER = "#30506e", "#8fb3d1", "#b5651d"
+REFERENCE, DENSITY, PEER = "#30506e", "#6a9cc6", "#b5651d"
 PLACES = [  # where a label may stand: offset in points, horizontal and vertical alignment
     ((7, 0), "left", "center"),
     ((-7, 0), "right", "center"),
@@ -183,8 +184,8 @@ def legend(results: dict[str, Any]) -> list[str]:
     times = next((one["times"] for one in results["sets"].values() if one["times"]), None)
     timed = (
         f"from resized images in memory to maps, features included, {times['recipe']['batch_size']} at once, "
-        f"{times['images']} test images, {times['threads']} threads; all methods of a set alternate in one process, "
-        f"median of {times['recipe']['repeats']} rounds"
+        f"{times['images']} test images, threads: {times['threads']}; all methods of a set alternate in one process, "
+        f"median of {times['recipe']['repeats']} rounds, and of the ratios within each round"
         if times
         else "not measured"
     )
@@ -195,19 +196,31 @@ def legend(results: dict[str, Any]) -> list[str]:
         "of 0.3; '-': not defined, as pixel metrics without masks.",
         f"- ms per image: {timed}.",
         "- peak memory: the most that the process which fits and scores under the first protocol holds resident, "
-        "imports included. The feature cache counts while its files are mapped.",
+        "imports included. The feature cache counts while its files are mapped; it is shared, so that densities which "
+        "come later find the features of the first, while every peer computes its own.",
         "- stored: the file of the trained model without the backbone; of peers, all that they keep, in float32.",
         "- Nothing is chosen by anomalous images. All methods see the same features where image_size is the same.",
         "",
         "Methods, by what they change of the bundle's defaults:",
         "",
     ]
-    recipes = {method: cells[0]["recipe"] for one in results["sets"].values() for method, cells in one["cells"].items()}
-    for method, recipe in recipes.items():
-        configs = [f"`{name}`" for name in recipe["configs"]]
-        knobs = [f"{name} {json.dumps(value)}" for name, value in recipe["knobs"].items()]
-        lines.append(f"- {method}: {', '.join(configs + knobs)}")
-    return lines
+    return lines + recipe_lines(results["sets"])
+
+
+def recipe_lines(sets: dict[str, Any]) -> list[str]:
+    """Config files and knobs of every method, once where they are the same on all sets."""
+    used: dict[str, dict[str, list[str]]] = {}
+    for name, one in sets.items():
+        for method, cells in one["cells"].items():
+            recipe = cells[0]["recipe"]
+            configs = [f"`{path}`" for path in recipe["configs"]]
+            knobs = [f"{knob} {json.dumps(value)}" for knob, value in recipe["knobs"].items()]
+            used.setdefault(method, {}).setdefault(", ".join(configs + knobs), []).append(name)
+    return [
+        f"- {method}{' on ' + ', '.join(names) if len(recipes) > 1 else ''}: {words}"
+        for method, recipes in used.items()
+        for words, names in recipes.items()
+    ]
 
 
 def with_deviation(value: list[float | None], scale: float = 1) -> str:
@@ -242,8 +255,8 @@ def color_of(method: str, results: dict[str, Any]) -> str:
 def picture_words(results: dict[str, Any], protocol: str) -> str:
     """Protocol, machine and, where it is so, SYNTHETIC."""
     made = "SYNTHETIC data. " if any(one["synthetic"] for one in results["sets"].values()) else ""
-    words = f"{made}{protocol_words(results['protocols'][protocol])}. {results['machine']}".replace("`", "")
-    return textwrap.fill(words, 150)
+    words = f"{made}Accuracy at {protocol_words(results['protocols'][protocol])}. {results['machine']}".replace("`", "")
+    return textwrap.fill(words, 120)
 
 
 def set_words(name: str, data_set: dict[str, Any]) -> str:
@@ -257,7 +270,7 @@ def draw_bars(results: dict[str, Any]) -> Figure:
     protocol = next(iter(results["protocols"]))
     sets = {name: one for name, one in results["sets"].items() if one["rows"]}
     heights = [0.36 * len(one["rows"]) + 1 for one in sets.values()]
-    figure = Figure(figsize=(14, sum(heights) + 0.7), layout="constrained")
+    figure = Figure(figsize=(11.5, sum(heights) + 0.7), layout="constrained")
     lines = figure.subplots(len(sets), 5, squeeze=False, height_ratios=heights)
     for line, (name, data_set) in zip(lines, sets.items(), strict=True):
         rows = data_set["rows"]
@@ -271,7 +284,7 @@ def draw_bars(results: dict[str, Any]) -> Figure:
         for panel in line:
             for bar, row in zip(panel.patches, rows, strict=True):
                 bar.set_color(color_of(row["method"], results))
-            panel.set_yticks(range(len(rows)), [row["method"] for row in rows] if panel is line[0] else [])
+            panel.set_yticks(range(len(rows)), [row["method"] if panel is line[0] else "" for row in rows])
             panel.invert_yaxis()
             panel.spines[["top", "right"]].set_visible(False)
         line[0].set_title(set_words(name, data_set), loc="left", fontsize=11, fontweight="bold")
@@ -303,21 +316,22 @@ def bars(panel: Axes, label: str, values: list[list[float | None]], limit: float
             annotation_clip=False,
         )
     longest = max(length + error for length, error in zip(lengths, deviations, strict=True))
-    panel.set_xlim(0, limit or 1.25 * longest or 1)
+    panel.set_xlim(0, 1.25 * (limit or longest or 1))
+    panel.xaxis.set_major_locator(MaxNLocator(4) if limit is None else FixedLocator([0, 50, 100]))
     panel.set_xlabel(label, fontsize=9)
     panel.tick_params(labelsize=8)
-    panel.tick_params(axis="y", labelsize=9)
+    panel.tick_params(axis="y", labelsize=9, length=0)
 
 
 def draw_runtime(results: dict[str, Any]) -> Figure:
     """A panel for each set: average precision against milliseconds per image, one labeled point for each method."""
     protocol = next(iter(results["protocols"]))
     sets = {name: one for name, one in results["sets"].items() if one["rows"]}
-    columns = min(3, len(sets))
+    columns = min(2, len(sets))
     lines = -(-len(sets) // columns)
     figure = Figure(figsize=(max(6.5, 5 * columns), 4.2 * lines + 0.6), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
-    labels: list[tuple[Axes, list[tuple[float, float, str]]]] = []
+    labels: list[tuple[Axes, list[tuple[float, float, str, str]]]] = []
     for panel, (name, data_set) in zip(panels, sets.items(), strict=False):
         precision, _ = shown_metrics(data_set, protocol)
         points = [
@@ -334,7 +348,7 @@ def draw_runtime(results: dict[str, Any]) -> Figure:
         panel.set(xlabel="ms per image", ylabel=f"{TITLES[precision]}, %")
         panel.grid(alpha=0.3, which="both")
         make_room(panel, [point[0] for point in points], [point[1] for point in points])
-        labels.append((panel, [(ms, height, method) for ms, height, _, method in points]))
+        labels.append((panel, [(ms, height, method, color_of(method, results)) for ms, height, _, method in points]))
     for panel in panels[len(sets) :]:
         panel.set_visible(False)
     figure.suptitle(textwrap.fill(picture_words(results, protocol), 75 * columns), fontsize=8)
@@ -350,23 +364,26 @@ def make_room(panel: Axes, x: list[float], y: list[float]) -> None:
         return
     panel.set_xlim(min(x) / 2, max(x) * 2)
     margin = max(0.2 * (max(y) - min(y)), 1)
-    panel.set_ylim(min(y) - margin, max(y) + margin)
+    panel.set_ylim(max(min(y) - margin, -2), min(max(y) + margin, 102))
     ticks = [
-        base * 10**power for power in range(-2, 5) for base in (1, 2, 5) if min(x) / 2 <= base * 10**power <= 2 * max(x)
+        base * 10**power
+        for power in range(-2, 5)
+        for base in (1, 2, 3, 5)
+        if min(x) / 2 <= base * 10**power <= 2 * max(x)
     ]
     panel.set_xticks(ticks, [digits(tick) for tick in ticks])
     panel.minorticks_off()
 
 
-def label_points(figure: Figure, panel: Axes, points: list[tuple[float, float, str]]) -> None:
+def label_points(figure: Figure, panel: Axes, points: list[tuple[float, float, str, str]]) -> None:
     """Write the name beside each point, where it covers no other name and no point if there is such a place."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in panel.transData.transform([one[:2] for one in points])]
     inside = panel.get_window_extent(renderer)
-    for x, y, name in sorted(points):
+    for x, y, name, color in sorted(points):
         for offset, horizontal, vertical in PLACES:
             text = panel.annotate(
-                name, (x, y), offset, textcoords="offset points", ha=horizontal, va=vertical, fontsize=8
+                name, (x, y), offset, textcoords="offset points", ha=horizontal, va=vertical, fontsize=8, color=color
             )
             box = text.get_window_extent(renderer)
             if inside.contains(*box.min) and inside.contains(*box.max) and not box.count_overlaps(taken):

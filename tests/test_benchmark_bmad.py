@@ -154,6 +154,15 @@ def test_sets_are_found_as_their_archives_unpack(tmp_path):
     assert len(list(set_folders(tmp_path))) == 3
 
 
+def test_a_set_may_be_where_we_are_or_behind_a_link(tmp_path, monkeypatch):
+    tiny_set(tmp_path / "elsewhere")
+    (tmp_path / "BMAD").mkdir()
+    (tmp_path / "BMAD/Liver").symlink_to(tmp_path / "elsewhere")
+    assert list(find_sets(tmp_path / "BMAD", CONFIG, None)) == ["Liver"]
+    monkeypatch.chdir(tiny_set(tmp_path / "Brain"))
+    assert find_sets(Path(), CONFIG, None) == {"Brain": Path()}
+
+
 def test_any_data_set_in_the_layout_is_taken_by_the_name_of_its_folder(tmp_path):
     folder = tiny_set(tmp_path / "my hospital")
     assert find_sets(folder, CONFIG, None) == {"my hospital": folder}
