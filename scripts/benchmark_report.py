@@ -94,10 +94,9 @@ def report(results: dict[str, Any]) -> list[str]:
 def section(name: str, data_set: dict[str, Any], results: dict[str, Any]) -> list[str]:
     """Data and table of a set."""
     title = name if data_set["title"] == name else f"{name} ({data_set['title']})"
-    model = next((cells[0]["model"] for cells in data_set["cells"].values()), "")
-    lines = [f"## {title}", "", f"{data_set['data']}: {counted(data_set['images'])}. {model.partition(', ')[2]}.", ""]
+    lines = [f"## {title}", "", f"{data_set['data']}: {counted(data_set['images'])}. {backbone_words(data_set)}.", ""]
     if differs_from_bmad(data_set):
-        lines += [f"**This is not all of BMAD's set**, which has {counted(data_set['expected'])} images.", ""]
+        lines += [f"**These are not the images of BMAD's set**, which has {counted(data_set['expected'])}.", ""]
     reference = results["reference"]
     names = [*TITLES.values(), "ms per image", f"times {reference}", "peak memory MB", "stored MB"]
     lines += [f"| method | protocol | {' | '.join(names)} |", "| --- | --- " + "| ---: " * len(names) + "|"]
@@ -111,6 +110,12 @@ def section(name: str, data_set: dict[str, Any], results: dict[str, Any]) -> lis
             cells += [with_deviation(row["peak_mb"]), with_deviation(row["stored_mb"])]
             lines.append(f"| {row['method']} | {protocol_words(meaning)} | {' | '.join(cells)} |")
     return lines
+
+
+def backbone_words(data_set: dict[str, Any]) -> str:
+    """Backbones and weights, RANDOM where they are."""
+    models = (cell["model"].partition(", ")[2] for cells in data_set["cells"].values() for cell in cells)
+    return "; ".join(dict.fromkeys(models))
 
 
 def counted(images: dict[str, int]) -> str:
@@ -214,7 +219,7 @@ def recipe_lines(sets: dict[str, Any]) -> list[str]:
         for method, cells in one["cells"].items():
             recipe = cells[0]["recipe"]
             configs = [f"`{path}`" for path in recipe["configs"]]
-            knobs = [f"{knob} {json.dumps(value)}" for knob, value in recipe["knobs"].items()]
+            knobs = [f"{knob} {json.dumps(value)}" for knob, value in sorted(recipe["knobs"].items())]
             used.setdefault(method, {}).setdefault(", ".join(configs + knobs), []).append(name)
     return [
         f"- {method}{' on ' + ', '.join(names) if len(recipes) > 1 else ''}: {words}"
@@ -253,10 +258,11 @@ def color_of(method: str, results: dict[str, Any]) -> str:
 
 
 def picture_words(results: dict[str, Any], protocol: str) -> str:
-    """Protocol, machine and, where it is so, SYNTHETIC."""
+    """Protocol, backbone, machine and, where it is so, SYNTHETIC."""
     made = "SYNTHETIC data. " if any(one["synthetic"] for one in results["sets"].values()) else ""
-    words = f"{made}Accuracy at {protocol_words(results['protocols'][protocol])}. {results['machine']}".replace("`", "")
-    return textwrap.fill(words, 120)
+    backbones = "; ".join(dict.fromkeys(backbone_words(one) for one in results["sets"].values() if one["rows"]))
+    accuracy = f"Accuracy at {protocol_words(results['protocols'][protocol])}"
+    return textwrap.fill(f"{made}{accuracy}. {backbones}. {results['machine']}".replace("`", ""), 120)
 
 
 def set_words(name: str, data_set: dict[str, Any]) -> str:

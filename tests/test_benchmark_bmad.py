@@ -114,7 +114,7 @@ def test_published_rows_stand_beside_the_measured_ones(measured_run):
     assert lines[published + 1].startswith("| PaDiM | **measured** |")
     assert any(line.startswith("| RD4AD | published | 117 | 97.85 / 52.98 |") for line in lines)
     assert any(line.startswith("| ours | **measured** |") for line in lines)
-    assert "**This is not all of BMAD's set**, which has 7500 / 83 / 3715" in measured_run[2]
+    assert "**These are not the images of BMAD's set**, which has 7500 / 83 / 3715" in measured_run[2]
 
 
 def test_a_second_run_measures_nothing_again(measured_run):
