@@ -379,6 +379,7 @@ def make_room(panel: Axes, x: list[float], y: list[float]) -> None:
     ]
     panel.set_xticks(ticks, [digits(tick) for tick in ticks])
     panel.minorticks_off()
+    panel.yaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def label_points(figure: Figure, panel: Axes, points: list[tuple[float, float, str, str]]) -> None:
