@@ -1,38 +1,54 @@
-"""Peers of the detector on the same frozen features: memory banks, by the torch models of anomalib.
+"""Peers of the detector on the same frozen features: memory banks and Gaussians, by the torch models of anomalib.
 
 Sources: Roth et al., 'Towards Total Recall in Industrial Anomaly Detection' (PatchCore), arXiv 2106.08265; Damm et al.,
-'AnomalyDINO: Boosting Patch-based Few-shot Anomaly Detection with DINOv2', arXiv 2405.14529; both as anomalib 2.7
-implements them (``anomalib/models/image/patchcore``, ``anomalib/models/image/anomaly_dino``).
+'AnomalyDINO: Boosting Patch-based Few-shot Anomaly Detection with DINOv2', arXiv 2405.14529; Defard et al., 'PaDiM: a
+Patch Distribution Modeling Framework for Anomaly Detection and Localization', arXiv 2011.08785; all as anomalib 2.7
+implements them (``anomalib/models/image/patchcore``, ``.../anomaly_dino``, ``.../padim``).
+
+With ``scripts/peers.json`` a peer takes the detector's place in the commands of the bundle:
+
+    python -m monai.bundle run training --config_file "['configs/train.json','scripts/peers.json']" --peer padim
 """
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
+from itertools import chain
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from bundle.errors import BundleError
+from bundle.compute import Compute
+from bundle.data.cases import Case
+from bundle.data.stream import Slice
+from bundle.errors import BundleError, check_choice
+from bundle.networks.detector import AnomalyDetector, Detection, refuse_other
 
 LAYER = "blocks.11"  # what AnomalyDINO calls its features; PatchCore takes any name
 
 
 class Peer(ABC):
-    """A method that stores features of healthy images and scores by the distance to them.
+    """A method that stores what it needs of healthy features and scores by the distance to it.
 
-    anomalib's model computes everything after the features: the bank, the search, the scores and the map, which it
-    brings to the size of the images by nearest neighbors and a Gaussian of 4 pixels. It runs where the images are.
+    anomalib's model computes everything after the features: what is stored, the search, the scores and the map, which
+    it brings to the size of the images and smooths by a Gaussian of 4 pixels. It runs where the images are.
 
     Attributes:
         name: for tables.
+        stored_names: the buffers of anomalib's model that are all that :meth:`fit` leaves.
+        kept_name: its list of features that waits to be turned into them.
         model: anomalib's torch model.
     """
 
     name: str
+    stored_names: tuple[str, ...] = ("memory_bank",)
+    kept_name = "embedding_store"
 
     def __init__(self, extractor: _Extractor, package: str, model_class: str, **arguments: Any) -> None:
         try:
@@ -54,18 +70,19 @@ class Peer(ABC):
     @torch.no_grad()
     def keep(self, images: Iterable[Tensor]) -> int:
         """The first half of :meth:`fit`: keep all features, in memory as anomalib does; returns their bytes."""
-        self.model.embedding_store.clear()
+        kept = getattr(self.model, self.kept_name)
+        kept.clear()
         self.model.train()  # anomalib's sign for 'keep the features, do not score'
         self._extractor.eval()
         for batch in images:
             self.model.to(batch.device)(batch)
-        if not self.model.embedding_store:
+        if not kept:
             raise BundleError(f"{self.name} has no healthy image to store: give at least one")
-        return sum(kept.numel() * kept.element_size() for kept in self.model.embedding_store)
+        return _bytes(kept)
 
     @abstractmethod
     def _fill_bank(self) -> None:
-        """Turn the features that were kept into the memory bank."""
+        """Turn the features that were kept into what is stored."""
 
     @torch.no_grad()
     def detect(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,28 +91,43 @@ class Peer(ABC):
         Raises:
             BundleError: before :meth:`fit`.
         """
-        if self.memory_bank.numel() == 0:
-            raise BundleError(f"{self.name} has an empty memory bank: call fit with healthy images first")
+        if not all(tensor.numel() for tensor in self.stored.values()):
+            raise BundleError(f"{self.name} has nothing stored: call fit with healthy images first")
         found = self.model.eval()(images)
         return found.anomaly_map, found.pred_score.flatten()
 
     @property
-    def memory_bank(self) -> Tensor:
-        """The stored features [N, C]; set it to go on with those of an earlier :meth:`fit`."""
-        return self.model.memory_bank
+    def stored(self) -> dict[str, Tensor]:
+        """What :meth:`fit` has stored, by name; set it to go on with that of an earlier one."""
+        return {name: self.model.get_buffer(name) for name in self.stored_names}
 
-    @memory_bank.setter
-    def memory_bank(self, bank: Tensor) -> None:
-        self.model.memory_bank = bank
-        self.model.to(bank.device)
+    @stored.setter
+    def stored(self, tensors: Mapping[str, Tensor]) -> None:
+        for name in self.stored_names:
+            module, _, buffer = name.rpartition(".")
+            setattr(self.model.get_submodule(module), buffer, tensors[name])
+            self.model.to(tensors[name].device)
 
     @property
     def stored_bytes(self) -> int:
-        """Size of the memory bank."""
-        return self.memory_bank.numel() * self.memory_bank.element_size()
+        """Size of what is stored."""
+        return _bytes(self.stored.values())
 
 
-class PatchCorePeer(Peer):
+class BankPeer(Peer):
+    """A peer whose model is a bank of healthy features."""
+
+    @property
+    def memory_bank(self) -> Tensor:
+        """The stored features [N, C]; set it to go on with those of an earlier :meth:`fit`."""
+        return self.stored["memory_bank"]
+
+    @memory_bank.setter
+    def memory_bank(self, bank: Tensor) -> None:
+        self.stored = {"memory_bank": bank}
+
+
+class PatchCorePeer(BankPeer):
     """PatchCore: a coreset of healthy features, each averaged over 3x3 patches; Euclidean distance to the nearest.
 
     The image score is the largest patch distance, weighted by the neighborhood of the nearest stored feature. The
@@ -123,7 +155,7 @@ class PatchCorePeer(Peer):
         self.model.subsample_embedding(self.coreset_ratio)
 
 
-class NearestNeighborPeer(Peer):
+class NearestNeighborPeer(BankPeer):
     """AnomalyDINO's scoring: every healthy feature is stored; cosine distance to the nearest.
 
     It is anomalib's ``AnomalyDINOModel`` itself, which asks its extractor for nothing but patch tokens, so that any
@@ -159,12 +191,157 @@ class NearestNeighborPeer(Peer):
         return torch.cat(maps), torch.cat(scores)
 
 
+class PadimPeer(Peer):
+    """PaDiM: a Gaussian of healthy features at every position of the map; Mahalanobis distance to its mean.
+
+    Features lose all but some randomly chosen channels first, which depend on the global random state of torch. All
+    images must have the size of those that it was fitted to. The image score is the largest value of the map.
+
+    Args:
+        features: from normalized images [B, 3, H, W] to patch embeddings [B, C, h, w].
+        num_features: channels that are kept, C at most; the default is that of the authors for ResNet-18 (section 4.1),
+            whose 448 channels are the closest to those of the bundle's backbones.
+
+    Raises:
+        BundleError: if anomalib is not installed.
+    """
+
+    name = "PaDiM"
+    stored_names = ("gaussian.mean", "gaussian.inv_covariance", "idx")
+    kept_name = "memory_bank"  # anomalib's word here for features that wait
+
+    def __init__(self, features: nn.Module, num_features: int = 100) -> None:
+        extractor = _Extractor(features)
+        super().__init__(
+            extractor,
+            "padim",
+            "PadimModel",
+            layers=[LAYER],
+            n_features=min(num_features, *extractor.out_dims),
+        )
+
+    def _fill_bank(self) -> None:
+        self.model.fit()
+
+
+PEERS = {"patchcore": PatchCorePeer, "padim": PadimPeer, "nearest_neighbor": NearestNeighborPeer}
+
+
+class PeerDetector(nn.Module):
+    """A peer in the place of the bundle's detector, for its evaluation engine, checkpoints and reports.
+
+    It resizes and normalizes as the detector does and computes the features in the same precision; distances are
+    computed in 32 bits.
+
+    Args:
+        peer: a key of :data:`PEERS`.
+        detector: whose resizing and features are taken.
+        compute: the precision of the features.
+        arguments: of the peer.
+
+    Attributes:
+        threshold: of the map, in units of the peer's distance.
+
+    Raises:
+        BundleError: if the peer or an argument of it is unknown, or anomalib is not installed.
+    """
+
+    threshold: Tensor
+
+    def __init__(
+        self, peer: str, detector: AnomalyDetector, compute: Compute, arguments: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.kind = check_choice("peer", peer, PEERS)
+        self.arguments = dict(arguments or {})
+        self.detector = detector
+        try:
+            self.peer: Any = PEERS[peer](_InPrecision(detector.features, compute), **self.arguments)
+        except TypeError as error:
+            raise BundleError(f"peer_arguments {self.arguments} do not fit {peer}: {error}") from error
+        self.register_buffer("threshold", torch.full((), float("inf")))
+
+    def resize(self, image: Tensor) -> Tensor:
+        """Bring ``image`` [B, C, H, W] to the size that the backbone sees."""
+        return self.detector.resize(image)
+
+    def fit(self, batches: Iterable[list[Slice]]) -> None:
+        """Store features of healthy, resized slices."""
+        self.peer.fit(self._normalized(torch.stack([one.image for one in batch])) for batch in batches)
+
+    @torch.no_grad()
+    def set_threshold(self, batches: Iterable[list[Slice]], false_positive_rate: float) -> None:
+        """Take the value that the share ``false_positive_rate`` of healthy pixels exceeds, one pixel of each patch."""
+        stride = self.detector.features.patch_size
+        maps = [self.detect(torch.stack([one.image for one in batch])).patch_map for batch in batches]
+        values = torch.cat([map_[:, ::stride, ::stride].flatten().cpu() for map_ in maps])
+        self.threshold.copy_(values.kthvalue(max(1, round((1 - false_positive_rate) * len(values)))).values)
+
+    def detect(self, image: Tensor, raw: bool = False) -> Detection:
+        """Anomaly map, image score and the map at the size that the backbone sees, of ``image`` [B, C, H, W]."""
+        with torch.autocast(image.device.type, enabled=False):
+            maps, scores = self.peer.detect(self._normalized(self.resize(image)))
+        whole = F.interpolate(maps, image.shape[-2:], mode="bilinear", align_corners=False)
+        return Detection(whole, scores, maps[:, 0])
+
+    def _normalized(self, image: Tensor) -> Tensor:
+        return self.detector.features.normalize(image)
+
+    def describe(self) -> dict[str, Any]:
+        """Backbone, hash of its weights, preprocessing and peer."""
+        taken = self.detector.density.describe().keys() | {"standardize"}  # what a peer has not
+        own = {"peer": self.kind, "peer_arguments": self.arguments}
+        return {key: value for key, value in self.detector.describe().items() if key not in taken} | own
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """What is stored, the threshold, and the identity."""
+        return {"identity": self.describe(), "threshold": self.threshold, **self.peer.stored}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
+        """Take the state of an earlier :meth:`fit`.
+
+        Raises:
+            BundleError: if it is of another backbone, preprocessing or peer.
+        """
+        refuse_other(state_dict["identity"], self.describe())
+        self.threshold.copy_(state_dict["threshold"])
+        self.peer.stored = {name: state_dict[name].to(self.threshold.device) for name in self.peer.stored_names}
+
+
+def sample(cases: list[Case], count: int | None, seed: int) -> list[Case]:
+    """``count`` of the ``cases``, drawn at random; all of them if it is None or larger."""
+    return cases if count is None or count >= len(cases) else random.Random(seed).sample(cases, count)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class _InPrecision(nn.Module):
+    """The features in the precision of ``compute``, given in float32."""
+
+    def __init__(self, features: nn.Module, compute: Compute) -> None:
+        super().__init__()
+        self.features = features
+        self.compute = compute
+
+    def forward(self, images: Tensor) -> Tensor:
+        with self.compute.autocast():
+            return self.features(images).float()
+
+
 class _Extractor(nn.Module):
     """The features in the shape in which PatchCore's extractor gives them: by layer, [B, C, h, w]."""
 
     def __init__(self, features: nn.Module) -> None:
         super().__init__()
         self.features = features
+
+    @property
+    def out_dims(self) -> list[int]:
+        """Channels of every layer, as anomalib asks for them."""
+        device = next(chain(self.features.parameters(), self.features.buffers())).device
+        return [self.features(torch.zeros(1, 3, 64, 64, device=device)).shape[1]]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {LAYER: self.features(images)}

@@ -1,4 +1,4 @@
-"""PatchCore and nearest neighbors on the bundle's features: what is odd stands out, the bank is as large as it says.
+"""PatchCore, PaDiM and nearest neighbors on the bundle's features: what is odd stands out, sizes are what they say.
 
 Needs the extra dependency anomalib.
 """
@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from bundle.compute import Compute
+from bundle.data.stream import Slice, Study
 from bundle.errors import BundleError
-from scripts.peers import NearestNeighborPeer, PatchCorePeer
+from bundle.training import load_checkpoint, save_checkpoint
+from scripts.peers import NearestNeighborPeer, PadimPeer, PatchCorePeer, PeerDetector, sample
 
 CHANNELS, SIDE, PATCH = 8, 128, 16
 
@@ -39,7 +42,8 @@ def with_odd_patch(image, row, column):
     return odd
 
 
-PEERS = [PatchCorePeer, NearestNeighborPeer]
+BANKS = [PatchCorePeer, NearestNeighborPeer]
+PEERS = [*BANKS, PadimPeer]
 
 
 @pytest.mark.parametrize("peer_class", PEERS)
@@ -87,7 +91,28 @@ def test_the_bank_holds_the_wanted_share_of_the_patches(anomalib, toy_features):
     assert every.stored_bytes == patches * CHANNELS * 4
 
 
+def test_padim_stores_means_inverse_covariances_and_the_chosen_channels(anomalib, toy_features):
+    positions = (SIDE // PATCH) ** 2
+    peer = PadimPeer(toy_features, num_features=5)
+    peer.fit(healthy(4).split(3))
+    assert peer.stored_bytes == positions * (5 + 5 * 5) * 4 + 5 * 8
+    assert len(set(peer.stored["idx"].tolist())) == 5
+
+
+def test_padim_takes_no_more_channels_than_there_are(anomalib, toy_features):
+    assert PadimPeer(toy_features).model.n_features == CHANNELS
+
+
 @pytest.mark.parametrize("peer_class", PEERS)
+def test_what_is_stored_is_all_that_is_needed(anomalib, toy_features, peer_class):
+    first, second = peer_class(toy_features), peer_class(toy_features)
+    first.fit([healthy(4)])
+    second.stored = {name: tensor.clone() for name, tensor in first.stored.items()}
+    for expected, found in zip(first.detect(healthy(2)), second.detect(healthy(2)), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("peer_class", BANKS)
 def test_a_second_fit_replaces_the_first(anomalib, toy_features, peer_class):
     peer = peer_class(toy_features)
     peer.fit([healthy(4)])
@@ -110,7 +135,48 @@ def test_the_features_of_the_bundle_go_in(anomalib, features, peer_class):
     maps, scores = peer.detect(features.normalize(torch.rand(3, 1, 64, 96)))
     assert maps.shape == (3, 1, 64, 96)
     assert scores.shape == (3,)
-    assert peer.memory_bank.shape[1] == features.num_channels
+
+
+def slices(count, generator):
+    study = Study({}, 0, count)
+    return [Slice(image, study) for image in torch.rand(count, 1, 64, 64, generator=generator)]
+
+
+@pytest.mark.parametrize("name", ["patchcore", "padim", "nearest_neighbor"])
+def test_a_peer_takes_the_place_of_the_detector(anomalib, detector, tmp_path, name):
+    generator = torch.Generator().manual_seed(0)
+    peer = PeerDetector(name, detector, Compute("cpu", "fp32"))
+    peer.fit([slices(3, generator), slices(2, generator)])
+    peer.set_threshold([slices(4, generator)], 0.1)
+    image = torch.rand(2, 1, 50, 70, generator=generator)
+    found = peer.detect(image)
+    assert found.anomaly_map.shape == (2, 1, 50, 70)
+    assert found.patch_map.shape == (2, 64, 64)
+    assert found.image_score.shape == (2,)
+    assert 0 < peer.threshold < found.patch_map.max()
+
+    save_checkpoint(peer, tmp_path / "model.pt")
+    assert abs((tmp_path / "model.pt").stat().st_size - peer.peer.stored_bytes) < 8192
+    again = PeerDetector(name, detector, Compute("cpu", "fp32"))
+    load_checkpoint(again, tmp_path / "model.pt")
+    for expected, loaded in zip(found, again.detect(image), strict=True):
+        torch.testing.assert_close(loaded, expected)
+    other = PeerDetector("padim", detector, Compute("cpu", "fp32"), {"num_features": 7})
+    with pytest.raises(BundleError, match="was trained with peer"):
+        load_checkpoint(other, tmp_path / "model.pt")
+
+
+def test_an_unknown_peer_or_argument_is_named(anomalib, detector):
+    with pytest.raises(BundleError, match="did you mean 'patchcore'"):
+        PeerDetector("patchcor", detector, Compute())
+    with pytest.raises(BundleError, match=r"peer_arguments \{'ratio': 1\} do not fit padim"):
+        PeerDetector("padim", detector, Compute(), {"ratio": 1})
+
+
+def test_healthy_images_are_drawn_by_the_seed():
+    cases = [{"name": str(index)} for index in range(20)]
+    assert sample(cases, None, 0) == sample(cases, 30, 0) == cases
+    assert sample(cases, 5, 0) == sample(cases, 5, 0) != sample(cases, 5, 1)
 
 
 @pytest.mark.parametrize("peer_class", PEERS)

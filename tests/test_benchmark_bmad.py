@@ -1,0 +1,307 @@
+"""The benchmark on a tiny set in BMAD's layout: what it measures, what it does not measure again, what it refuses.
+
+Needs the extra dependency anomalib.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bundle.errors import BundleError
+from scripts.benchmark_bmad import (
+    benchmark,
+    find_sets,
+    load_config,
+    main,
+    make_parser,
+    make_recipe,
+    read_set,
+    run_cell,
+    set_folders,
+)
+from scripts.benchmark_cells import last_words, measured
+from scripts.benchmark_report import summarize, write_report
+
+ROOT = Path(__file__).parents[1]
+CONFIG = load_config(ROOT / "configs/benchmark.json")
+KNOBS = {"backbone": "efficientnet_lite0", "image_size": 64, "hidden_channels": 8, "max_epochs": 1, "device": "cpu"}
+SPELLINGS = [(name, folder) for name, one in CONFIG["sets"].items() for folder in one["folders"]]
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def tiny_set(folder, masks=True):
+    """Healthy stripes with noise: 6 to learn from, 2 to validate; to test 2 healthy ones and 2 with a bright box."""
+    random = np.random.default_rng(0)
+    stripes = 80 + 40 * (np.arange(64) // 8 % 2)
+    for place, count in {"train/good": 6, "valid/good/img": 2, "test/good/img": 2, "test/Ungood/img": 2}.items():
+        (folder / place).mkdir(parents=True)
+        for index in range(count):
+            image, box = stripes + random.normal(0, 5, (64, 64)), np.zeros((64, 64), np.uint8)
+            if "Ungood" in place:
+                box[20:40, 24:48] = 255
+                image[box > 0] = 230
+                if masks:
+                    (folder / "test/Ungood/label").mkdir(exist_ok=True)
+                    Image.fromarray(box).save(folder / f"test/Ungood/label/{index}.png")
+            Image.fromarray(image.astype(np.uint8)).save(folder / place / f"{index}.png")
+    return folder
+
+
+def arguments(data, out, *words):
+    common = ["--data", str(data), "--out", str(out), "--knobs", json.dumps(KNOBS)]
+    return make_parser().parse_args([*common, "--timed_images", "3", "--repeats", "2", "--batch_size", "2", *words])
+
+
+def times_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def measured_run(tmp_path_factory):
+    """One method of ours and one peer, on a folder that is named as BMAD's set of brains."""
+    pytest.importorskip("anomalib", reason='pip install -e ".[benchmark]"')
+    folder = tmp_path_factory.mktemp("bmad")
+    tiny_set(folder / "data/Brain_AD/BraTS2021_slice")
+    words = ["--methods", "ours", "PaDiM", "--protocols", "native"]
+    here = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        results = benchmark(arguments(folder / "data", folder / "out", *words))
+    finally:
+        os.chdir(here)
+    page = write_report(results, folder / "out")
+    return folder, results, page
+
+
+def test_both_methods_are_measured_alike(measured_run):
+    _, results, page = measured_run
+    assert results["failed"] == {}
+    rows = {row["method"]: row for row in results["sets"]["Brain"]["rows"]}
+    assert list(rows) == ["ours", "PaDiM"]
+    for row in rows.values():
+        accuracy = row["accuracy"]["native"]
+        assert all(0 <= accuracy[metric][0] <= 1 for metric in accuracy)
+        assert row["ms"] > 0
+        assert 200 < row["peak_mb"][0] < 5000
+    assert rows["ours"]["times_reference"] == 1
+    padim_numbers = 16 * (100 + 100 * 100)  # at each of 4 x 4 positions a mean and an inverse covariance
+    assert abs(rows["PaDiM"]["stored_mb"][0] - padim_numbers * 4 / 1e6) < 0.01
+    assert "| ours | native size, mask `>0` |" in page
+    assert "| PaDiM | native size, mask `>0` |" in page
+    assert "python -m scripts.benchmark_bmad" in page
+
+
+def test_page_numbers_and_figures_are_written(measured_run):
+    out = measured_run[0] / "out"
+    assert (out / "benchmark.md").read_text() == measured_run[2]
+    assert json.loads((out / "benchmark.json").read_text())["sets"]["Brain"]["rows"]
+    for name in ("benchmark_bars.png", "benchmark_runtime.png"):
+        assert min(Image.open(out / name).size) > 200
+
+
+def test_published_rows_stand_beside_the_measured_ones(measured_run):
+    lines = measured_run[2].splitlines()
+    published = next(index for index, line in enumerate(lines) if line.startswith("| PaDiM | published | 129 |"))
+    assert lines[published].endswith("| 83.59 / 7.02 |")
+    assert lines[published + 1].startswith("| PaDiM | **measured** |")
+    assert any(line.startswith("| RD4AD | published | 117 | 97.85 / 52.98 |") for line in lines)
+    assert any(line.startswith("| ours | **measured** |") for line in lines)
+    assert "**These are not the images of BMAD's set**, which has 7500 / 83 / 3715" in measured_run[2]
+
+
+def test_a_second_run_measures_nothing_again(measured_run):
+    folder, results, _ = measured_run
+    before = times_of(folder / "out/cells")
+    words = ["--methods", "ours", "PaDiM", "--protocols", "native"]
+    again = benchmark(arguments(folder / "data", folder / "out", *words))
+    assert times_of(folder / "out/cells") == before
+    assert again["sets"]["Brain"]["times"] == results["sets"]["Brain"]["times"]
+
+
+def test_a_further_protocol_scores_the_same_model(measured_run):
+    folder = measured_run[0]
+    cell = folder / "out/cells/Brain/PaDiM/seed-0"
+    before = times_of(cell)
+    data_set = read_set("Brain", folder / "data/Brain_AD/BraTS2021_slice")
+    recipe = make_recipe(CONFIG, "PaDiM", data_set, 0, KNOBS)
+    protocols = {name: CONFIG["protocols"][name] for name in ("native", "paper240_255")}
+    result = run_cell(cell, recipe, protocols, data_set, folder / "out/feature_cache")
+    assert set(result["protocols"]) == set(protocols)
+    assert times_of(cell)[cell / "model.pt"] == before[cell / "model.pt"]
+    protocol = json.loads((cell / "paper240_255/metrics.json").read_text())["protocol"]
+    assert (protocol["size"], protocol["mask_rule"]) == (240, "==255")
+
+
+@pytest.mark.parametrize(("name", "folder"), SPELLINGS)
+def test_every_spelling_of_bmad_is_found(tmp_path, name, folder):
+    for split in ("train", "test"):
+        (tmp_path / "BMAD" / folder / split).mkdir(parents=True)
+    found = tmp_path / "BMAD" / folder
+    assert find_sets(tmp_path / "BMAD", CONFIG, None) == {name: found}
+    assert find_sets(tmp_path / "BMAD", CONFIG, [name]) == {name: found}
+    assert find_sets(found, CONFIG, None) == {name: found}
+
+
+def test_sets_are_found_as_their_archives_unpack(tmp_path):
+    places = {"Liver": "Liver_AD/Train/hist_DIY", "Brain": "brain_ad/BraTS2021_slice", "RESC": "Retina_RESC_AD/RESC"}
+    for place in places.values():
+        for split in ("train", "valid", "test"):
+            (tmp_path / place / split / "good").mkdir(parents=True)
+    assert find_sets(tmp_path, CONFIG, None) == {name: tmp_path / places[name] for name in ("Brain", "Liver", "RESC")}
+    assert len(list(set_folders(tmp_path))) == 3
+
+
+def test_a_set_may_be_where_we_are_or_behind_a_link(tmp_path, monkeypatch):
+    tiny_set(tmp_path / "elsewhere")
+    (tmp_path / "BMAD").mkdir()
+    (tmp_path / "BMAD/Liver").symlink_to(tmp_path / "elsewhere")
+    assert list(find_sets(tmp_path / "BMAD", CONFIG, None)) == ["Liver"]
+    monkeypatch.chdir(tiny_set(tmp_path / "Brain"))
+    assert find_sets(Path(), CONFIG, None) == {"Brain": Path()}
+
+
+def test_any_data_set_in_the_layout_is_taken_by_the_name_of_its_folder(tmp_path):
+    folder = tiny_set(tmp_path / "my hospital")
+    assert find_sets(folder, CONFIG, None) == {"my hospital": folder}
+    found = read_set("my hospital", folder)
+    assert found.counts == {"training": 6, "validation": 2, "test": 4}
+
+
+def test_without_bmad_the_download_is_said_in_one_line(tmp_path, monkeypatch):
+    words = ["benchmark_bmad", "--data", str(tmp_path / "BMAD"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    message = str(ended.value)
+    assert message.startswith("error: no Brain or Liver or RESC")
+    assert "https://github.com/DorisBao/BMAD" in message
+    assert str(tmp_path / "BMAD/Brain") in message
+    assert "\n" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_set_that_is_asked_for_must_be_there_and_others_may_be_missing(tmp_path, capsys):
+    for split in ("train", "test"):
+        (tmp_path / "RESC" / split).mkdir(parents=True)
+    assert list(find_sets(tmp_path, CONFIG, None)) == ["RESC"]
+    assert "left out: Brain, Liver, OCT2017, Chest, Camelyon16" in capsys.readouterr().err
+    with pytest.raises(BundleError, match="no Liver in .*: download it from"):
+        find_sets(tmp_path, CONFIG, ["RESC", "Liver"])
+
+
+def test_two_folders_of_one_set_are_refused(tmp_path):
+    for name in ("RESC", "RESC_AD"):
+        for split in ("train", "test"):
+            (tmp_path / name / split).mkdir(parents=True)
+    with pytest.raises(BundleError, match="are both the set RESC"):
+        find_sets(tmp_path, CONFIG, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "PatchCor"], "method 'PatchCor' is unknown: did you mean 'PatchCore'"),
+        (["--sets", "Livr"], "set 'Livr' is unknown: did you mean 'Liver'"),
+        (["--protocols", "paper_240"], "protocol 'paper_240' is unknown: did you mean 'paper240'"),
+        (
+            ["--knobs", json.dumps({**KNOBS, "max_epoch": 1}), "--methods", "ours"],
+            "knob --max_epoch is unknown: did you mean 'max_epochs'",
+        ),
+        (["--config", "pyproject.toml"], "cannot read --config 'pyproject.toml'"),
+    ],
+)
+def test_what_is_misspelt_is_refused_with_the_closest_name(tmp_path, words, message):
+    with pytest.raises(BundleError, match=message):
+        benchmark(arguments(tiny_set(tmp_path / "set"), tmp_path / "out", *words))
+
+
+def test_the_paper_is_its_overlay_on_dinov3_and_knobs_on_efficientnet(tmp_path):
+    data_set = read_set("RESC", tiny_set(tmp_path / "RESC"))
+    dinov3 = {"backbone": "dinov3_vits16", "weights": "random"}
+    paper = make_recipe(CONFIG, "paper, dilated", data_set, 0, dinov3)
+    assert paper["configs"] == ["configs/paper.json"]
+    assert paper["knobs"] == {**dinov3, "dilations": [4] * 5}
+    small = make_recipe(CONFIG, "paper, dilated", data_set, 0, {"backbone": "efficientnet_lite0"})
+    assert small["configs"] == []
+    assert (small["knobs"]["hidden_channels"], small["knobs"]["standardize"]) == (128, False)
+
+
+def test_knobs_of_the_user_win_over_those_of_the_set_and_these_over_the_method(tmp_path):
+    data_set = read_set("RESC", tiny_set(tmp_path / "RESC"))
+    given = {"backbone": "efficientnet_lite0"}
+    config = {**CONFIG, "methods": {"mine": {"knobs": {"image_size": 96, "max_epochs": 3}}}}
+    assert make_recipe(config, "mine", data_set, 0, given)["knobs"] == {
+        **given,
+        "image_size": [224, 448],
+        "max_epochs": 3,
+    }
+    assert make_recipe(config, "mine", data_set, 0, {**given, "image_size": 64})["knobs"]["image_size"] == 64
+
+
+def cell(method, seed, pixel=0.9, image=0.8):
+    values = {"pixel_auroc": pixel, "pixel_ap": pixel, "aupro": pixel, "image_auroc": image, "image_ap": image}
+    recipe = {"method": method, "seed": seed, "configs": [], "knobs": {"max_epochs": 1}}
+    numbers = {"peak_mb": 500.0, "stored_mb": 2.0, "seconds": 3.0, "model": "bundle, backbone, weights"}
+    return {"recipe": recipe, "protocols": {"native": values}, **numbers}
+
+
+def test_seeds_become_mean_and_deviation():
+    data_set = {"times": {"seconds": {"ours": [0.02, 0.04, 0.03], "PaDiM": [0.04, 0.08, 0.09]}}}
+    row = summarize("PaDiM", [cell("PaDiM", 0, pixel=0.5), cell("PaDiM", 1, pixel=0.7)], data_set, "ours")
+    assert row["accuracy"]["native"]["pixel_ap"] == pytest.approx([0.6, 0.1414], abs=1e-4)
+    assert (row["ms"], row["times_reference"]) == pytest.approx((80, 2))
+
+
+def test_a_set_with_image_labels_only_has_dashes_for_pixels(tmp_path):
+    cells = {name: [cell(name, seed, pixel=None) for seed in (0, 1)] for name in ("ours", "PaDiM")}
+    seconds = {"ours": [0.02], "PaDiM": [0.03]}
+    times = {"seconds": seconds, "images": 2, "threads": 1, "recipe": {"batch_size": 2, "repeats": 1}}
+    data = {"title": "RSNA", "data": "Chest", "synthetic": False, "expected": None, "cells": cells, "times": times}
+    results = {
+        "command": "python -m scripts.benchmark_bmad",
+        "date": "2026-01-01",
+        "commit": "abc",
+        "machine": "a machine",
+        "protocols": {"native": {"evaluation_size": None, "mask_rule": ">0"}},
+        "reference": "ours",
+        "published": CONFIG["published"],
+        "methods": {name: CONFIG["methods"][name] for name in cells},
+        "sets": {"Chest": {**data, "images": {"training": 1, "validation": 1, "test": 1}}},
+        "failed": {"Chest, PatchCore, seed 0": "no weights"},
+    }
+    page = write_report(results, tmp_path)
+    assert "| ours | native size, mask `>0` | - | - | - | 80.00 ± 0.00 | 80.00 ± 0.00 | 20 | 1 |" in page
+    assert "Beside the published numbers" not in page
+    assert "- Chest, PatchCore, seed 0: no weights" in page
+    assert (tmp_path / "benchmark_bars.png").is_file()
+
+
+def test_a_failing_command_says_why(tmp_path):
+    log = tmp_path / "log"
+    with pytest.raises(BundleError, match="no such knob .*all of it is in"):
+        measured(["sh", "-c", "echo start; echo 'error: no such knob' >&2; echo end; exit 1"], log)
+    log.write_text("")
+    assert last_words(log) == "it ended without a word"
+
+
+def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
+    def fail(folder, recipe, *_):
+        if recipe["seed"] == 0:
+            raise BundleError("out of memory")
+        return {**cell("ours", 1), "recipe": recipe}
+
+    monkeypatch.setattr("scripts.benchmark_bmad.run_cell", fail)
+    monkeypatch.setattr("scripts.benchmark_bmad.run_times", lambda *_: None)
+    data = tiny_set(tmp_path / "set")
+    words = ["--methods", "ours", "--seeds", "0", "1", "--protocols", "native"]
+    results = benchmark(arguments(data, tmp_path / "out", *words))
+    assert results["failed"] == {"set, ours, seed 0": "out of memory"}
+    assert len(results["sets"]["set"]["cells"]["ours"]) == 1
