@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from itertools import chain
 from operator import itemgetter
@@ -94,6 +95,7 @@ class EvaluationReport:
         report = {
             **metrics,
             "threshold": threshold,
+            "image_threshold": _finite(float(self.detector.image_threshold)),
             "images": {
                 "healthy": sum(not row["label"] for row in self.rows),
                 "anomalous": sum(row["label"] for row in self.rows),
@@ -147,6 +149,11 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, path)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _spread(names: list[str], count: int) -> list[str]:

@@ -53,6 +53,7 @@ COLUMNS = (
 _OPSET = 18
 _PROTOBUF_LIMIT = 2**31 - 2**24  # bytes of one ONNX file, less 16 MiB for its graph
 _OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_THRESHOLDS = ("threshold", "image_threshold")
 _SECTION = "framework"  # of rt_info, where OpenVINO keeps the metadata of an ONNX file
 
 
@@ -77,9 +78,7 @@ class ExportGraph(nn.Module):
         anomaly_map = F.interpolate(
             patch_map.unsqueeze(1), [image.shape[-2], image.shape[-1]], mode="bilinear", align_corners=False
         )
-        patches = patch_map.flatten(1)
-        top = max(1, int(self.detector.top_share * patches.shape[1] + 0.5))
-        return anomaly_map, patches.topk(top, dim=1).values.mean(dim=1), patch_map
+        return anomaly_map, self.detector.image_score(patch_map), patch_map
 
 
 def resize_by_matrices(image: Tensor, size: Sequence[int]) -> Tensor:
@@ -115,7 +114,7 @@ def export_torchscript(
 ) -> None:
     """Write a scripted detector, the same file as ``python -m monai.bundle ckpt_export`` writes.
 
-    Its ``forward`` gives the anomaly map; ``detect`` and the buffers ``threshold`` and ``identity`` are there, too.
+    Its ``forward`` gives the anomaly map; ``detect`` and the buffers of thresholds and ``identity`` are there, too.
 
     Args:
         detector: trained.
@@ -189,7 +188,7 @@ def _passport(detector: AnomalyDetector) -> dict[str, str]:
     """What decides an output and is no part of the graph."""
     return {
         "identity": json.dumps(detector.describe(), sort_keys=True),
-        "threshold": repr(float(detector.threshold)),
+        **{name: repr(float(getattr(detector, name))) for name in _THRESHOLDS},
     }
 
 
@@ -240,12 +239,14 @@ class ExportedDetector(nn.Module):
     Args:
         run: gives the outputs of :class:`Detection`, in its order, of images [B, 1 or 3, H, W].
         identity: as :meth:`AnomalyDetector.describe` gives it.
-        threshold: of the checkpoint, a scalar.
+        thresholds: of patches and of images, scalars of the checkpoint.
     """
 
-    def __init__(self, run: Callable[[Tensor], Sequence[Tensor]], identity: dict[str, Any], threshold: Tensor) -> None:
+    def __init__(
+        self, run: Callable[[Tensor], Sequence[Tensor]], identity: dict[str, Any], thresholds: Sequence[Tensor]
+    ) -> None:
         super().__init__()
-        self.threshold = threshold
+        self.threshold, self.image_threshold = thresholds
         self.image_size: list[int] = identity["image_size"]
         self._run = run
         self._identity = identity
@@ -331,7 +332,7 @@ def _read_torchscript(file: Path, compute: Compute) -> ExportedDetector:
     with _quiet():
         module: Any = torch.jit.load(str(file), map_location=compute.device)
     identity = json.loads(bytes(module.identity.tolist()).decode())
-    return ExportedDetector(module.detect, identity, module.threshold)
+    return ExportedDetector(module.detect, identity, [getattr(module, name) for name in _THRESHOLDS])
 
 
 def _read_onnx(file: Path, compute: Compute) -> ExportedDetector:
@@ -358,7 +359,7 @@ def _read_openvino(file: Path, compute: Compute) -> ExportedDetector:
     model = openvino.Core().read_model(file)
     if not model.has_rt_info([_SECTION, "identity"]):
         raise ValueError("it has no identity")
-    passport = {key: model.get_rt_info([_SECTION, key]).astype(str) for key in ("identity", "threshold")}
+    passport = {key: model.get_rt_info([_SECTION, key]).astype(str) for key in ("identity", *_THRESHOLDS)}
     settings = {
         "INFERENCE_PRECISION_HINT": _OPENVINO_PRECISIONS[compute.precision],
         # the hint alone leaves shortcuts open to layers
@@ -377,7 +378,8 @@ def _read_openvino(file: Path, compute: Compute) -> ExportedDetector:
 def _from_passport(passport: dict[str, str], run: Callable[[Tensor], Sequence[Tensor]]) -> ExportedDetector:
     if "identity" not in passport:
         raise ValueError("it has no identity")
-    return ExportedDetector(run, json.loads(passport["identity"]), torch.tensor(float(passport["threshold"])))
+    thresholds = [torch.tensor(float(passport[name])) for name in _THRESHOLDS]
+    return ExportedDetector(run, json.loads(passport["identity"]), thresholds)
 
 
 _READERS = {".ts": _read_torchscript, ".onnx": _read_onnx, ".xml": _read_openvino}

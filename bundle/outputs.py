@@ -24,7 +24,18 @@ from bundle.networks.detector import Detector
 from bundle.provenance import data_words, model_words
 from bundle.tracking import Tracker
 
-SCORE_COLUMNS = ("name", "image", "score", "worst_slice", "max", "anomalous_share", "threshold", "model", "data")
+SCORE_COLUMNS = (
+    "name",
+    "image",
+    "score",
+    "worst_slice",
+    "max",
+    "anomalous_share",
+    "threshold",
+    "image_threshold",
+    "model",
+    "data",
+)
 _TIFF_DESCRIPTION = 270
 
 
@@ -90,6 +101,7 @@ class DetectionSaver:
             "max": float(values.max()),
             "anomalous_share": float((values > threshold).mean()),
             "threshold": threshold,
+            "image_threshold": float(self.detector.image_threshold),
             "model": model,
             "data": self.data,
         }

@@ -13,12 +13,17 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers import EMAHandler
+from monai.optimizers import WarmupCosineSchedule
 from monai.utils import set_determinism
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from bundle.distributed import check_synchronized
-from bundle.errors import BundleError
+from bundle.errors import BundleError, check_choice
 from bundle.networks.detector import AnomalyDetector
+
+STORED = torch.float16  # of the weights in a checkpoint: half the size, and far more digits than a prediction has
 
 logger = logging.getLogger(__name__)
 
@@ -27,46 +32,104 @@ class NoisyFeatures:
     """Turns a batch of embeddings into (input, target) of the density network: `prepare_batch` of the trainer.
 
     Both are standardized; in some batches the input gets Gaussian noise, in proportion to the deviation of each
-    sample's channel over the map (arXiv 2603.02974, training details).
+    sample's channel over the map (arXiv 2603.02974, training details). Patches of the input may be dropped as well.
 
     Args:
         detector: standardizes.
         probability: share of the batches with noise, in [0, 1]; 0 for validation.
         scale: deviation of the noise over the deviation of the channel.
+        dropout: share of the patches whose input is the mean of healthy patches instead, in [0, 1).
+
+    Raises:
+        BundleError: if a share is out of range.
     """
 
-    def __init__(self, detector: AnomalyDetector, probability: float = 0.2, scale: float = 0.03) -> None:
+    def __init__(
+        self, detector: AnomalyDetector, probability: float = 0.2, scale: float = 0.03, dropout: float = 0.0
+    ) -> None:
         if not 0 <= probability <= 1:
             raise BundleError(f"noise_probability must be in [0, 1], got {probability}: the paper uses 0.2")
+        if not 0 <= dropout < 1:
+            raise BundleError(f"context_dropout must be in [0, 1), got {dropout}: try 0.1, or 0 for none")
         self.detector = detector
         self.probability = probability
         self.scale = scale
+        self.dropout = dropout
 
     def __call__(
         self, batch: Tensor, device: torch.device, non_blocking: bool = False, **_: Any
     ) -> tuple[Tensor, Tensor]:
         """Input and target, both [B, C, h, w], from embeddings of that shape."""
         target = self.detector.standardize(batch.to(device, non_blocking=non_blocking))
+        features = target
         # processes that train together draw the same numbers: all add noise or none does, each its own
-        if float(torch.rand(())) >= self.probability:
-            return target, target
-        own = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())) + idist.get_rank())
-        noise = torch.randn(target.shape, generator=own, device=device)
-        return target + self.scale * target.std(dim=(2, 3), keepdim=True) * noise, target
+        if float(torch.rand(())) < self.probability:
+            noise = torch.randn(target.shape, generator=self._own(device), device=device)
+            features = target + self.scale * target.std(dim=(2, 3), keepdim=True) * noise
+        if self.dropout > 0:
+            kept = torch.rand(target[:, :1].shape, generator=self._own(device), device=device) >= self.dropout
+            features = features * kept
+        return features, target
+
+    @staticmethod
+    def _own(device: torch.device) -> torch.Generator:
+        """A random generator of this process."""
+        return torch.Generator(device).manual_seed(int(torch.randint(2**62, ())) + idist.get_rank())
+
+
+SCHEDULES = ("cosine", "constant")
+
+
+def learning_rate_schedule(optimizer: torch.optim.Optimizer, name: str, steps: int) -> LRScheduler:
+    """The learning rate over ``steps`` iterations: ``constant``, or ``cosine`` to zero after a tenth of warm-up.
+
+    Raises:
+        BundleError: for an unknown name.
+    """
+    check_choice("schedule", name, SCHEDULES)
+    if name == "constant":
+        return LambdaLR(optimizer, lambda _: 1.0)
+    return WarmupCosineSchedule(optimizer, warmup_steps=max(1, steps // 10), t_total=steps, warmup_multiplier=0.1)
+
+
+class MovingAverage(EMAHandler):
+    """Ignite's exponential moving average of a model, over all of a young training at first.
+
+    Args:
+        model: what is averaged.
+        momentum: share of the newest weights, in (0, 1]; 1: no average.
+
+    Raises:
+        BundleError: if the momentum is out of range.
+    """
+
+    def __init__(self, model: nn.Module, momentum: float) -> None:
+        if not 0 < momentum <= 1:
+            raise BundleError(f"ema_momentum must be in (0, 1], got {momentum}: try 0.01, or 1 for no average")
+        super().__init__(model, momentum=0.5)
+        self.momentum = momentum  # 1, too, which Ignite refuses
+
+    def _update_ema_model(self, engine: Engine, name: str) -> None:
+        setattr(engine.state, name, max(self.momentum, 9 / (9 + engine.state.iteration)))
+        super()._update_ema_model(engine, name)
 
 
 class TrainingState:
     """Keeps the best density and lets an interrupted training go on, bit for bit as if it had not been interrupted.
 
     A handler of the trainer, to be placed after the validation. Each epoch is seeded by its own number, and after each
-    one density, optimizer, the best density so far and its healthy validation loss are written to ``path``, at once or
-    not at all. A state that was written under other ``settings`` is not used.
+    one density, its moving average, optimizer, schedule, the best average so far and its healthy validation loss are
+    written to ``path``, at once or not at all. A state that was written under other ``settings`` is not used. Training
+    ends when the healthy validation loss has not fallen for ``patience`` epochs.
 
     Args:
         path: the file.
         detector: whose density is trained.
         optimizer: of the density.
+        scheduler: of the optimizer, a step an iteration.
+        ema: the moving average of the density, which is validated and kept.
         validator: its only metric is the healthy validation loss.
+        patience: in epochs; 0: train to the last one.
         settings: plain JSON values; what must be equal for a state to be used.
         seed: of the training.
     """
@@ -76,17 +139,23 @@ class TrainingState:
         path: str | os.PathLike,
         detector: AnomalyDetector,
         optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler,
+        ema: MovingAverage,
         validator: Engine,
         settings: dict[str, Any],
+        patience: int = 0,
         seed: int = 0,
     ) -> None:
         self.path = Path(path)
         self.detector = detector
         self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.ema = ema
         self.validator = validator
+        self.patience = patience
         self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         self.seed = seed
-        self.best_loss = math.inf
+        self.best_loss, self.best_epoch = math.inf, 0
         self.best_density: dict[str, Tensor] = {}
 
     def attach(self, engine: Engine) -> None:
@@ -94,12 +163,14 @@ class TrainingState:
         engine.add_event_handler(Events.STARTED, lambda e: check_synchronized(e.network))
         engine.add_event_handler(Events.STARTED, self.resume)
         engine.add_event_handler(Events.EPOCH_STARTED, lambda e: set_determinism(self.seed + e.state.epoch))
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.scheduler.step())
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
         engine.add_event_handler(Events.COMPLETED, self.take_best)
 
     def take_best(self) -> None:
-        """Give the detector the density of the lowest healthy validation loss."""
-        self.detector.density.load_state_dict(self.best_density)
+        """Give the detector the density of the lowest healthy validation loss, rounded as checkpoints store it."""
+        rounded = {key: value.to(STORED).to(value.dtype) for key, value in self.best_density.items()}
+        self.detector.density.load_state_dict(rounded)
 
     def discard(self) -> None:
         """Remove the file: the training is done, and the same command starts a new one."""
@@ -115,34 +186,43 @@ class TrainingState:
             logger.warning(f"'{self.path}' belongs to a training with other settings or data: starting over")
             return
         self.detector.density.load_state_dict(state["density"])
+        self.ema.ema_model.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.best_density, self.best_loss = state["best_density"], state["best_loss"]
+        self.best_density, self.best_loss, self.best_epoch = (
+            state[key] for key in ("best_density", "best_loss", "best_epoch")
+        )
         progress: Any = engine.state
         progress.epoch = min(state["epoch"], progress.max_epochs)
         progress.iteration = progress.epoch * progress.epoch_length
+        self.scheduler.last_epoch = progress.iteration  # its word for steps; the rate follows from it alone
         logger.info(f"resuming after epoch {progress.epoch} from '{self.path}'")
 
     def save(self, engine: Engine) -> None:
-        """Note the best density and write the state."""
-        density = {key: value.detach().clone() for key, value in self.detector.density.state_dict().items()}
+        """Note the best density, write the state, and end a training that does not get better."""
+        average = {key: value.detach().clone() for key, value in self.ema.ema_model.state_dict().items()}
         for loss in map(float, self.validator.state.metrics.values()):
             if not math.isfinite(loss):
                 raise BundleError(
                     f"the healthy validation loss is {loss} in epoch {engine.state.epoch}: lower learning_rate"
                 )
             if loss < self.best_loss:
-                self.best_loss, self.best_density = loss, density
+                self.best_loss, self.best_density, self.best_epoch = loss, average, engine.state.epoch
         save_atomically(
             {
                 "fingerprint": self.fingerprint,
                 "epoch": engine.state.epoch,
-                "density": density,
+                "density": self.detector.density.state_dict(),
+                "average": average,
                 "optimizer": self.optimizer.state_dict(),
                 "best_density": self.best_density,
                 "best_loss": self.best_loss,
+                "best_epoch": self.best_epoch,
             },
             self.path,
         )
+        if 0 < self.patience <= engine.state.epoch - self.best_epoch:
+            logger.info(f"no better healthy validation loss since epoch {self.best_epoch}: training ends")
+            engine.terminate()
 
 
 def save_atomically(content: Any, path: str | os.PathLike) -> None:
@@ -160,8 +240,10 @@ def save_atomically(content: Any, path: str | os.PathLike) -> None:
 
 
 def save_checkpoint(detector: AnomalyDetector, path: str | os.PathLike) -> None:
-    """Write the state of a trained and calibrated detector."""
-    save_atomically(detector.state_dict(), path)
+    """Write the state of a trained and calibrated detector, the weights of its prediction in 16 bits."""
+    state = detector.state_dict()
+    narrow = [key for key in state if key.startswith(("density.linear.", "density.contexts."))]
+    save_atomically(state | {key: state[key].to(STORED) for key in narrow}, path)
     logger.info(f"the model is '{path}'")
 
 

@@ -47,7 +47,8 @@ from bundle.data import EmbeddingDataset, EmbeddingStore, make_sample_cohort
 from bundle.errors import BundleError, check_choice
 from bundle.inferers import SliceBatchInferer
 from bundle.networks import AnomalyDetector, FeatureNetwork, SpatialARDensity
-from bundle.networks.density import kernel_taps, squared_error
+from bundle.networks.density import squared_error
+from bundle.networks.masked import kernel_taps
 from bundle.networks.weights import BACKBONES, load_backbone
 from bundle.training import save_checkpoint
 from bundle.transforms import ExtractSlicesd, LoadCased, OrientSlicesd, ScaleIntensityByModalityd
@@ -190,9 +191,12 @@ class AllTapsConv2d(nn.Conv2d):
 def paper_density(density: SpatialARDensity) -> nn.Sequential:
     """The network of ``density`` with the same weights, as the authors' code computes it."""
     layers: list[nn.Module] = []
-    for module in density.net:
+    settings = density.describe()
+    stack: Any = density.contexts[0]
+    for module in stack.net:
         if isinstance(module, nn.Conv2d):
-            layers.append(AllTapsConv2d(module, kernel_taps(density.mode, density.kernel_size, first=not layers)))
+            taps = kernel_taps(settings["mode"], settings["kernel_size"], first=not layers)
+            layers.append(AllTapsConv2d(module, taps))
         else:
             layers.append(nn.ReLU())
     return nn.Sequential(*layers)
@@ -254,9 +258,21 @@ def make_detector(setting: Setting) -> AnomalyDetector:
     features = FeatureNetwork(setting.backbone, setting.weights)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        return AnomalyDetector(
-            features, setting.image_size, hidden_channels=256, dilations=(1,) * 5, mode="causal", standardize=False
-        ).eval()
+        density = SpatialARDensity(
+            features.num_channels,
+            mode="causal",
+            hidden_channels=256,
+            kernel_size=3,
+            linear_components=0,
+            covariance="isotropic",
+        )
+        scores: dict[str, Any] = {
+            "score_scale": "squared_error",
+            "residual_pooling": 0.0,
+            "per_position": False,
+            "image_score": "top_patches",
+        }
+        return AnomalyDetector(features, density, setting.image_size, standardize=False, **scores).eval()
 
 
 @cache

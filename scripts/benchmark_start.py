@@ -22,7 +22,7 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from bundle.networks import AnomalyDetector, FeatureNetwork
+from bundle.networks import AnomalyDetector, FeatureNetwork, SpatialARDensity
 from bundle.training import save_checkpoint
 from scripts.benchmark_speed import cpu_entries, processor
 
@@ -36,7 +36,9 @@ POLL = 0.01  # seconds
 def make_inputs(folder: Path) -> None:
     """A checkpoint with random density, and one picture of noise: what they hold does not change the time."""
     preprocessing = {"intensity": "auto", "slice_plane": "axial"}  # as configs/inference.json has them
-    save_checkpoint(AnomalyDetector(FeatureNetwork(BACKBONE), 320, preprocessing=preprocessing), folder / "model.pt")
+    features = FeatureNetwork(BACKBONE)
+    detector = AnomalyDetector(features, SpatialARDensity(features.num_channels), preprocessing=preprocessing)
+    save_checkpoint(detector, folder / "model.pt")
     pixels = np.random.default_rng(0).integers(0, 256, (240, 240), dtype=np.uint8)
     (folder / "images").mkdir()
     Image.fromarray(pixels).save(folder / "images" / "noise.png")

@@ -30,6 +30,7 @@ from bundle.data.stream import Slice
 from bundle.errors import BundleError, check_choice
 from bundle.networks.detector import AnomalyDetector, Detection, refuse_other
 
+SCORE_SETTINGS = {"standardize", "score_scale", "residual_pooling", "per_position", "image_score"}
 LAYER = "blocks.11"  # what AnomalyDINO calls its features; PatchCore takes any name
 
 
@@ -241,12 +242,14 @@ class PeerDetector(nn.Module):
 
     Attributes:
         threshold: of the map, in units of the peer's distance.
+        image_threshold: infinite, peers have none.
 
     Raises:
         BundleError: if the peer or an argument of it is unknown, or anomalib is not installed.
     """
 
     threshold: Tensor
+    image_threshold: Tensor
 
     def __init__(
         self, peer: str, detector: AnomalyDetector, compute: Compute, arguments: Mapping[str, Any] | None = None
@@ -260,6 +263,7 @@ class PeerDetector(nn.Module):
         except TypeError as error:
             raise BundleError(f"peer_arguments {self.arguments} do not fit {peer}: {error}") from error
         self.register_buffer("threshold", torch.full((), float("inf")))
+        self.register_buffer("image_threshold", torch.full((), float("inf")))
 
     def resize(self, image: Tensor) -> Tensor:
         """Bring ``image`` [B, C, H, W] to the size that the backbone sees."""
@@ -289,7 +293,7 @@ class PeerDetector(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Backbone, hash of its weights, preprocessing and peer."""
-        taken = self.detector.density.describe().keys() | {"standardize"}  # what a peer has not
+        taken = self.detector.density.describe().keys() | SCORE_SETTINGS  # what a peer has not
         own = {"peer": self.kind, "peer_arguments": self.arguments}
         return {key: value for key, value in self.detector.describe().items() if key not in taken} | own
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from builders import small_detector
 from monai.utils import set_determinism
 
-from bundle.networks import AnomalyDetector, FeatureNetwork
+from bundle.networks import FeatureNetwork
 
 
 @pytest.fixture(autouse=True)
@@ -24,4 +25,4 @@ def features():
 @pytest.fixture
 def detector(features):
     torch.manual_seed(0)
-    return AnomalyDetector(features, image_size=64, hidden_channels=8)
+    return small_detector(features)

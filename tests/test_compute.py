@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from builders import small_detector
 from sklearn.metrics import roc_auc_score
 
 from bundle.compute import Compute, fastest_precision
 from bundle.errors import BundleError
 from bundle.inferers import SliceBatchInferer, TrainingInferer
-from bundle.networks import AnomalyDetector, FeatureNetwork
+from bundle.networks import FeatureNetwork
 from bundle.networks.detector import Detection
 
 TINY_VIT = {"depth": 3, "embed_dim": 64, "num_heads": 2}
@@ -18,17 +19,19 @@ def trained_detector(backbone="dinov3_vits16"):
     torch.manual_seed(0)
     vit = backbone.startswith("dinov3_vit")
     features = FeatureNetwork(backbone, "random" if vit else None, timm_kwargs=TINY_VIT if vit else None)
-    detector = AnomalyDetector(features, image_size=96, hidden_channels=16)
+    detector = small_detector(features, 96, hidden_channels=16)
     with torch.no_grad():
         embeddings = detector.embed(images(8))
     values = embeddings.transpose(0, 1).flatten(1)
     detector.set_standardization(values.mean(1), values.std(1))
     target = detector.standardize(embeddings)
+    detector.fit_before_training([embeddings], [embeddings])
     optimizer = torch.optim.AdamW(detector.density.parameters(), lr=3e-3)
     for _ in range(30):
         optimizer.zero_grad()
-        torch.nn.functional.mse_loss(detector.density(target), target).backward()
+        detector.density.loss(detector.density(target), target).backward()
         optimizer.step()
+    detector.fit_after_training([embeddings])
     detector.calibrate([embeddings])
     return detector
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import small_detector
 from monai.bundle import ConfigParser, ckpt_export, create_workflow, verify_metadata, verify_net_in_out
 
 from bundle import __version__
 from bundle.command_line import check_knobs
 from bundle.data import make_sample_cohort
 from bundle.errors import BundleError
-from bundle.networks import AnomalyDetector
 from bundle.training import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def test_the_network_takes_and_gives_what_metadata_say(config):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_a_checkpoint_exports_to_torchscript(features, tmp_path):
-    detector = AnomalyDetector(features, 64, 8, preprocessing={"intensity": "auto", "slice_plane": "axial"})
+    detector = small_detector(features, preprocessing={"intensity": "auto", "slice_plane": "axial"})
     save_checkpoint(detector, tmp_path / "model.pt")
     ckpt_export(
         net_id="network_def",

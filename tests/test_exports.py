@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from builders import small_detector
 from PIL import Image
 from test_commands import EVALUATE, INFER, ROOT, succeed
 from torch.nn import functional as F
@@ -18,7 +19,7 @@ from bundle.compute import Compute
 from bundle.data import make_sample_cohort
 from bundle.errors import BundleError
 from bundle.exports import check_parity, export_all, load_exported, resize_by_matrices
-from bundle.networks import AnomalyDetector, FeatureNetwork
+from bundle.networks import FeatureNetwork
 from bundle.networks.weights import BACKBONES
 from bundle.training import save_checkpoint
 
@@ -40,13 +41,16 @@ def exported(tmp_path_factory):
     """Detector, folder and table of an EfficientNet-Lite0, calibrated, and of a tiny ViT, not calibrated."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    lite = AnomalyDetector(FeatureNetwork("efficientnet_lite0"), 64, 8, preprocessing=PREPROCESSING).eval()
+    lite = small_detector(FeatureNetwork("efficientnet_lite0"), preprocessing=PREPROCESSING).eval()
     lite.set_standardization(torch.randn(152), torch.rand(152) + 0.5)
-    with torch.inference_mode():
-        lite.calibrate([lite.embed(torch.rand(4, 1, 64, 64))])
+    with torch.no_grad():
+        healthy = [lite.embed(torch.rand(4, 1, 64, 64))]
+    lite.fit_before_training(healthy, healthy)
+    lite.fit_after_training(healthy)
+    lite.calibrate(healthy)
     tiny = FeatureNetwork("dinov3_vits16", "random", layers=(0, 2), timm_kwargs=TINY_VIT)
     found = {}
-    for name, detector in {"efficientnet_lite0": lite, "dinov3_vits16": AnomalyDetector(tiny, 64, 8).eval()}.items():
+    for name, detector in {"efficientnet_lite0": lite, "dinov3_vits16": small_detector(tiny).eval()}.items():
         folder = tmp_path_factory.mktemp(name)
         configs = {"configs": [ROOT / "configs/inference.json"], "metadata": ROOT / "configs/metadata.json"}
         found[name] = detector, folder, export_all(detector, folder, batch_size=2, **configs)
@@ -248,11 +252,11 @@ def test_an_interrupted_export_leaves_no_file(detector, tmp_path, monkeypatch):
 
 
 def test_parity_refuses_another_detector_and_what_is_not_a_number(lite, features):
-    other = AnomalyDetector(features, 64, 8).eval()
+    other = small_detector(features).eval()
     found = load_exported(lite[1] / "model.ts")
     assert "differs" in refusal(check_parity, other, found, "torchscript")
     with torch.no_grad():
-        other.healthy_mean.fill_(torch.nan)
+        other.patch_score.healthy_mean.fill_(torch.nan)
     assert "differs by nan" in refusal(check_parity, other, found).replace("from the checkpoint ", "")
 
 

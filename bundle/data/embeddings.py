@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ignite.distributed as idist
@@ -107,7 +107,27 @@ class EmbeddingDataset(Dataset[Tensor]):
         mean = total / count
         return mean.float(), (square / count - mean.square()).clamp_min(0).sqrt().float()
 
-    def batches(self, batch_size: int = 64) -> Iterator[Tensor]:
-        """All embeddings in order, as batches of [B, C, h, w]."""
-        for start in range(0, len(self), batch_size):
-            yield torch.stack([self[index] for index in range(start, min(start + batch_size, len(self)))])
+    def batches(self, patches: int | None = None, batch_size: int = 16) -> EmbeddingBatches:
+        """The embeddings in order, as batches of [B, C, h, w] that can be iterated again and again.
+
+        Args:
+            patches: of about as many patches, at equal distances in the set, so that a fit takes bounded time; None:
+                all.
+            batch_size: images in a batch.
+        """
+        each = self[0].shape[-2] * self[0].shape[-1]
+        count = len(self) if patches is None else min(len(self), max(1, patches // each))
+        return EmbeddingBatches(self, [index * len(self) // count for index in range(count)], batch_size)
+
+
+class EmbeddingBatches(Iterable[Tensor]):
+    """Embeddings of the slices ``indices`` of ``dataset``, read anew in batches with every iteration."""
+
+    def __init__(self, dataset: EmbeddingDataset, indices: list[int], batch_size: int) -> None:
+        self.dataset = dataset
+        self.indices = indices
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield torch.stack([self.dataset[index] for index in self.indices[start : start + self.batch_size]])

@@ -1,162 +1,257 @@
-"""The density of patch embeddings: a masked, dilated 2D autoregressive convolutional network.
+"""The density of patch embeddings: how likely each is, given those around it.
 
-Source: Erdil et al., 'Spatial Autoregressive Modeling of DINOv3 Embeddings for Unsupervised Anomaly Detection',
-arXiv 2603.02974, method section.
+In ``causal`` mode with one raster order the product over all patches is a joint likelihood of the map. In the blind
+modes (``guarded``, ``streams``, ``bidirectional`` with odd, then even dilations) and with several orders each factor is
+conditioned on patches on all sides, and the product is a pseudo-likelihood. In ``standard`` mode, and in
+``bidirectional`` mode with one constant dilation, a patch sees itself, and there is no likelihood at all; both are kept
+since the paper publishes them.
 """
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bundle.errors import BundleError, check_choice
+from bundle.networks.context import (
+    POSITION_CHANNELS,
+    BlindStreams,
+    GuardedRing,
+    LinearContext,
+    MaskedStack,
+    position_code,
+)
+from bundle.networks.gaussian import COVARIANCES, fit_gaussian
+from bundle.networks.masked import kernel_taps
 
-MODES = ("causal", "bidirectional", "standard")
-
-
-class MaskedConv2d(nn.Conv2d):
-    """A convolution with 'same' zero padding that spends no time on the dead taps of its kernel.
-
-    A causal 3x3 kernel costs its 4 or 5 live taps instead of 9: its rows above the center and its row of the center are
-    convolutions of their own. The mask is a buffer that no optimizer sees and no checkpoint holds: it follows from the
-    mode.
-
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        taps: [k, k], 1 where the kernel may look and 0 where it may not.
-        dilation: distance between taps, in patches.
-    """
-
-    taps: Tensor
-
-    def __init__(self, in_channels: int, out_channels: int, taps: Tensor, dilation: int = 1) -> None:
-        super().__init__(in_channels, out_channels, taps.shape[-1], dilation=dilation)
-        self.register_buffer("taps", taps.to(torch.float32), persistent=False)
-        self.step = dilation
-        self.parts = live_parts(taps)
-        lowest = self.parts[-1][1] - 1
-        reach = (taps.shape[0] // 2) * dilation
-        self.margins = [reach, reach, reach, max(0, lowest * dilation - reach)]  # nothing below what is looked at
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Convolve ``features`` [B, C_in, H, W] to [B, C_out, H, W]."""
-        padded = F.pad(features, self.margins)
-        result = self._convolve(padded, self.parts[0], self.bias, features.shape[-2], features.shape[-1])
-        for part in self.parts[1:]:
-            result = result + self._convolve(padded, part, None, features.shape[-2], features.shape[-1])
-        return result
-
-    def _convolve(self, padded: Tensor, part: list[int], bias: Tensor | None, height: int, width: int) -> Tensor:
-        top, bottom, left, right = part
-        rows = padded[:, :, top * self.step : (bottom - 1) * self.step + height]
-        seen = rows[:, :, :, left * self.step : (right - 1) * self.step + width]
-        weight = (self.weight * self.taps)[:, :, top:bottom, left:right]
-        return F.conv2d(seen, weight, bias, dilation=self.step)
-
-
-def live_parts(taps: Tensor) -> list[list[int]]:
-    """The live taps [k, k] as one or two rectangles [top, bottom, left, right], ends exclusive, from top to bottom.
-
-    Two where the rows above need other columns than the lowest row, as in causal kernels; else the box around all live
-    taps, in which single dead ones cost less than another convolution would.
-    """
-    rows, columns = taps.any(dim=1).nonzero().flatten(), taps.any(dim=0).nonzero().flatten()
-    top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-    lowest = taps[bottom - 1].nonzero().flatten()
-    end = int(lowest[-1]) + 1
-    if bottom - top == 1 or end == right:
-        return [[top, bottom, left, right]]
-    return [[top, bottom - 1, left, right], [bottom - 1, bottom, left, end]]
-
-
-def kernel_taps(mode: str, kernel_size: int, first: bool) -> Tensor:
-    """The live taps [k, k] of a layer.
-
-    ``causal`` sees what comes earlier in raster order; its first layer hides the center (PixelCNN mask A), later
-    layers show it (mask B). ``bidirectional`` hides the center in its first layer only. ``standard`` hides nothing.
-    """
-    taps = torch.ones(kernel_size, kernel_size)
-    center = kernel_size // 2
-    if mode == "causal":
-        taps[center, center + 1 :] = 0
-        taps[center + 1 :] = 0
-    if mode != "standard" and first:
-        taps[center, center] = 0
-    return taps
+MODES = ("guarded", "streams", "causal", "bidirectional", "standard")
+ORDERS: dict[int, list[list[int]]] = {  # dimensions to flip
+    1: [[]],
+    2: [[], [-2, -1]],
+    4: [[], [-2, -1], [-1], [-2]],
+}
+LOG_VARIANCE_LIMIT = 7.0  # of the learned variances, so that no patch has an infinite likelihood
 
 
 class SpatialARDensity(nn.Module):
-    """Predicts each patch embedding from those around it: the mean of p(z_ij | context), a Gaussian.
+    """A Gaussian of each patch embedding given its context: its mean is predicted, its covariance learned or fitted.
 
-    Masked convolutions with ReLU between them, as many layers as ``dilations`` has entries. With a fixed isotropic
-    variance the squared error of the prediction is the negative log-likelihood up to a constant (arXiv 2603.02974).
-
-    What a position sees, proved in ``tests/test_density.py``: in ``causal`` mode only patches earlier in raster order,
-    never itself. In ``bidirectional`` mode with one constant dilation it does see itself from the third layer on, and
-    in ``standard`` mode at once; both are kept since the authors publish them.
+    The mean is the sum of a linear prediction in closed form (:class:`~bundle.networks.context.LinearContext`) and of a
+    context network that is trained, averaged over raster orders.
 
     Args:
         in_channels: channels C of the patch embeddings.
-        hidden_channels: channels between the layers (256 in the paper).
-        dilations: one per layer; (1, 1, 1, 1, 1) is the paper's 'standard' network, (4, 4, 4, 4, 4) its 'dilated' one.
+        mode: which patches a prediction sees: ``guarded`` a ring without the nearest patches, ``streams`` all but
+            itself, ``causal`` what comes earlier in raster order, ``bidirectional`` and ``standard`` as the paper.
+        hidden_channels: width of the context network (256 in the paper).
+        dilations: of ``causal``, ``bidirectional``, ``standard`` and ``streams``, one per layer; (1, 1, 1, 1, 1) is the
+            paper's 'standard' network, (4, 4, 4, 4, 4) its 'dilated' one.
         kernel_size: odd side of every kernel.
-        mode: ``causal``, ``bidirectional`` or ``standard``.
+        guard: patches on each side that ``guarded`` hides beside the target itself.
+        linear_components: principal components that the linear prediction looks at; 0: no linear prediction.
+        orders: 1, 2 or 4 raster orders, whose predictions are averaged.
+        share_orders: one context network for all orders, instead of one each.
+        position_code: tell the context network where in the map it is.
+        covariance: of the residual: ``isotropic`` and fixed to 1 (the paper), ``diagonal`` and learned for each patch,
+            ``low_rank`` or ``full`` and fitted in closed form.
+        rank: of ``low_rank``.
+        shrinkage: of fitted covariances, in [0, 1]; None: as Ledoit and Wolf choose it.
 
     Raises:
-        BundleError: for an unknown mode, an even kernel, no layer, or a number below 1.
+        BundleError: for an unknown mode or covariance, an even kernel, no layer, or a number out of range.
     """
+
+    residual_mean: Tensor
+    whitening: Tensor
+    log_determinant: Tensor
+    flips: list[list[int]]
 
     def __init__(
         self,
         in_channels: int,
-        hidden_channels: int = 256,
+        mode: str = "guarded",
+        hidden_channels: int = 96,
         dilations: Sequence[int] = (1, 1, 1, 1, 1),
-        kernel_size: int = 3,
-        mode: str = "causal",
+        kernel_size: int = 7,
+        guard: int = 1,
+        linear_components: int = 32,
+        orders: int = 1,
+        share_orders: bool = True,
+        position_code: bool = False,
+        covariance: str = "full",
+        rank: int = 32,
+        shrinkage: float | None = None,
     ) -> None:
         super().__init__()
         check_choice("density mode", mode, MODES)
-        if kernel_size < 3 or kernel_size % 2 == 0:
-            raise BundleError(f"kernel_size must be odd and at least 3, got {kernel_size}: use 3, 5, 7, ...")
-        if not dilations or min(dilations) < 1:
-            raise BundleError(
-                f"dilations must hold one whole number >= 1 per layer, got {list(dilations)}: try [1,1,1,1,1]"
-            )
-        if hidden_channels < 1:
-            raise BundleError(f"hidden_channels must be at least 1, got {hidden_channels}: the paper uses 256")
-        self.mode = mode
+        check_choice("covariance", covariance, COVARIANCES)
+        _check(
+            kernel_size >= 3 and kernel_size % 2 == 1, "kernel_size", kernel_size, "use 3, 5, 7, ...: it must be odd"
+        )
+        _check(
+            len(dilations) > 0 and min(dilations) >= 1,
+            "dilations",
+            list(dilations),
+            "one whole number >= 1 per layer, try [1,1,1,1,1]",
+        )
+        _check(hidden_channels >= 1, "hidden_channels", hidden_channels, "at least 1, the paper uses 256")
+        _check(
+            mode != "guarded" or 0 <= guard < kernel_size // 2,
+            "guard",
+            guard,
+            f"give 0 to {kernel_size // 2 - 1} with kernel_size {kernel_size}",
+        )
+        _check(orders in ORDERS, "orders", orders, "1, 2 or 4")
+        _check(rank >= 1, "rank", rank, "at least 1")
+        _check(shrinkage is None or 0 <= shrinkage <= 1, "shrinkage", shrinkage, "null, or 0 to 1")
+        _check(
+            0 <= linear_components <= in_channels,
+            "linear_components",
+            linear_components,
+            f"0 to {in_channels}, the channels of the embeddings",
+        )
+        _check(
+            mode != "standard" or linear_components == 0,
+            "linear_components",
+            linear_components,
+            "mode 'standard' sees its own target, which a linear prediction would copy: give 0",
+        )
+        self.settings: dict[str, Any] = {
+            "mode": mode,
+            "hidden_channels": hidden_channels,
+            "dilations": [int(dilation) for dilation in dilations],
+            "kernel_size": kernel_size,
+            "guard": guard,
+            "linear_components": linear_components,
+            "orders": orders,
+            "share_orders": share_orders,
+            "position_code": position_code,
+            "covariance": covariance,
+            "rank": rank,
+            "shrinkage": shrinkage,
+        }
         self.in_channels = in_channels
-        self.hidden_channels = hidden_channels
-        self.dilations = [int(d) for d in dilations]
-        self.kernel_size = kernel_size
+        self.learns_variance = covariance == "diagonal"
+        self.whitens = covariance in ("low_rank", "full")
+        self.codes_position = position_code
+        self.variance_limit = LOG_VARIANCE_LIMIT
+        self.flips = ORDERS[orders]
+        taps = kernel_taps(mode, kernel_size, True, guard if mode == "guarded" else 0)
+        self.linear = LinearContext(in_channels, linear_components, taps) if linear_components else None
+        self.contexts = nn.ModuleList(self._context() for _ in range(1 if share_orders else orders))
+        self.register_buffer("residual_mean", torch.zeros(in_channels))
+        self.register_buffer("whitening", torch.eye(in_channels))
+        self.register_buffer("log_determinant", torch.zeros(()))
 
-        widths = [in_channels] + [hidden_channels] * (len(dilations) - 1) + [in_channels]
-        layers: list[nn.Module] = []
-        for index, dilation in enumerate(self.dilations):
-            taps = kernel_taps(mode, kernel_size, first=index == 0)
-            layers += [MaskedConv2d(widths[index], widths[index + 1], taps, dilation), nn.ReLU()]
-        self.net = nn.Sequential(*layers[:-1])
+    def _context(self) -> nn.Module:
+        settings = self.settings
+        inputs = self.in_channels + POSITION_CHANNELS * settings["position_code"]
+        outputs = self.in_channels * (2 if self.learns_variance else 1)
+        hidden, kernel = settings["hidden_channels"], settings["kernel_size"]
+        if settings["mode"] == "guarded":
+            return GuardedRing(inputs, outputs, hidden, kernel, settings["guard"])
+        if settings["mode"] == "streams":
+            return BlindStreams(inputs, outputs, hidden, settings["dilations"], kernel)
+        return MaskedStack(inputs, outputs, hidden, settings["dilations"], kernel, settings["mode"])
 
     def forward(self, features: Tensor) -> Tensor:
-        """Predict ``features`` [B, C, H, W] from their context; returns [B, C, H, W]."""
-        return self.net(features.contiguous(memory_format=torch.channels_last))  # the fastest order, to learn as well
+        """Predict ``features`` [B, C, h, w] from their context.
 
-    def describe(self) -> dict[str, object]:
+        Returns:
+            The mean [B, C, h, w]; if the variance is learned [B, 2 C, h, w], with its logarithm in the second half.
+        """
+        inputs = torch.cat([features, position_code(features)], dim=1) if self.codes_position else features
+        inputs = inputs.contiguous(memory_format=torch.channels_last)  # the fastest order, to learn as well
+        predicted = torch.zeros_like(features[:, :1])
+        index = 0
+        for context in self.contexts:
+            for _ in range(len(self.flips) // len(self.contexts)):
+                flip = self.flips[index]
+                one = context(inputs.flip(flip)).flip(flip) if len(flip) > 0 else context(inputs)
+                predicted = one if index == 0 else predicted + one
+                index += 1
+        if index > 1:
+            predicted = predicted / index
+        if self.linear is not None:
+            linear = self.linear(features)
+            padding = predicted.shape[1] - linear.shape[1]
+            predicted = predicted + (F.pad(linear, [0, 0, 0, 0, 0, padding]) if padding > 0 else linear)
+        return predicted
+
+    @torch.jit.export
+    def residual(self, features: Tensor) -> Tensor:
+        """What the prediction leaves of ``features`` [B, C, h, w], in learned deviations where they are learned."""
+        return self._residual(self(features), features)
+
+    def _residual(self, prediction: Tensor, features: Tensor) -> Tensor:
+        residual = features - prediction[:, : self.in_channels]
+        if self.learns_variance:
+            residual = residual * torch.exp(-0.5 * self._log_variance(prediction))
+        return residual
+
+    def _log_variance(self, prediction: Tensor) -> Tensor:
+        return prediction[:, self.in_channels :].float().clamp(-self.variance_limit, self.variance_limit)
+
+    @torch.jit.ignore
+    def loss(self, prediction: Tensor, features: Tensor) -> Tensor:
+        """What training minimizes, a scalar: twice the negative log-likelihood per channel, without constants.
+
+        For the isotropic covariance it is the mean squared error of the paper.
+        """
+        residual = self._residual(prediction, features)
+        if self.whitens:
+            residual = F.conv2d(residual, self.whitening[:, :, None, None])
+        loss = residual.square().mean()
+        return loss + self._log_variance(prediction).mean() if self.learns_variance else loss
+
+    @torch.jit.ignore
+    def negative_log_likelihood(self, prediction: Tensor, features: Tensor) -> Tensor:
+        """The same in nats per patch, normalized, so that it can be compared between images and settings; a scalar."""
+        constant = self.in_channels * math.log(2 * math.pi) + self.log_determinant
+        return 0.5 * (self.in_channels * self.loss(prediction, features) + constant)
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def fit_linear(self, training: Iterable[Tensor], held_out: Iterable[Tensor]) -> None:
+        """Fit the linear prediction, if there is one, to healthy standardized embeddings.
+
+        Args:
+            training: batches of [B, C, h, w], iterated more than once.
+            held_out: the same, of images that choose the ridge.
+        """
+        if self.linear is not None:
+            self.linear.fit(training, held_out)
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def fit_covariance(self, training: Iterable[Tensor]) -> None:
+        """Fit the covariance, if it is one that is fitted, to healthy standardized embeddings."""
+        if not self.whitens:
+            return
+        residuals = (self.residual(batch.to(self.whitening.device)) for batch in training)
+        settings = self.settings
+        fitted = fit_gaussian(residuals, settings["covariance"], settings["rank"], settings["shrinkage"])
+        for buffer, value in zip((self.residual_mean, self.whitening, self.log_determinant), fitted, strict=True):
+            buffer.copy_(value)
+
+    @torch.jit.ignore
+    def describe(self) -> dict[str, Any]:
         """The hyper-parameters that the weights depend on, as plain JSON values."""
-        return {
-            "mode": self.mode,
-            "hidden_channels": self.hidden_channels,
-            "dilations": self.dilations,
-            "kernel_size": self.kernel_size,
-        }
+        return dict(self.settings)
 
 
 def squared_error(prediction: Tensor, features: Tensor) -> Tensor:
     """The patch map of the paper: squared error averaged over channels, [B, C, H, W] twice to [B, H, W]."""
     return F.mse_loss(prediction, features, reduction="none").mean(dim=1)
+
+
+def _check(holds: bool, name: str, value: Any, remedy: str) -> None:
+    if not holds:
+        raise BundleError(f"{name} is {value}: {remedy}")
 
 
 def load_paper_checkpoint(path: str | os.PathLike, dilations: Sequence[int]) -> SpatialARDensity:
@@ -198,12 +293,15 @@ def load_paper_checkpoint(path: str | os.PathLike, dilations: Sequence[int]) -> 
         dilations=dilations,
         kernel_size=weights[0].shape[-1],
         mode=mode,
+        linear_components=0,
+        covariance="isotropic",
+        guard=0,
     )
     for index, has_mask in enumerate(masked):
-        taps = kernel_taps(mode, density.kernel_size, first=index == 0)
+        taps = kernel_taps(mode, weights[0].shape[-1], first=index == 0)
         if has_mask and not torch.equal(state[f"net.{2 * index}.mask"], taps.expand_as(weights[index])):
             raise BundleError(
                 f"'{path}' has a mask in layer {index} that is not the paper's {mode} mask: it can't be loaded"
             )
-    density.load_state_dict({key: value for key, value in state.items() if not key.endswith(".mask")})
+    density.contexts[0].load_state_dict({key: value for key, value in state.items() if not key.endswith(".mask")})
     return density.eval()

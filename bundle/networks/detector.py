@@ -1,11 +1,11 @@
 """The anomaly detector: an image goes in, an anomaly map of its size comes out, in one forward pass.
 
 image -> resize -> normalize (3 channels, backbone's mean and deviation) -> patch embeddings -> standardize
-      -> density -> patch map -> calibrate -> anomaly map and image score
+      -> density: residual of the prediction -> patch score: patch map -> anomaly map and image score
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from bundle.errors import BundleError
 from bundle.networks.density import SpatialARDensity, squared_error
 from bundle.networks.features import FeatureNetwork
+from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold
 
 
 class Detection(NamedTuple):
@@ -32,6 +33,7 @@ class Detector(Protocol):
     """What inference needs: an :class:`AnomalyDetector`, or a file that was exported from one."""
 
     threshold: Tensor
+    image_threshold: Tensor
 
     def resize(self, image: Tensor) -> Tensor:
         """Bring ``image`` [B, C, H, W] to the size that the backbone sees."""
@@ -44,62 +46,83 @@ class Detector(Protocol):
 
 
 class AnomalyDetector(nn.Module):
-    """A frozen feature network, a density of its patch embeddings, and a calibration on healthy images.
+    """A frozen feature network, a density of its patch embeddings, and scores that are calibrated on healthy images.
 
-    Scores are in deviations above the mean of healthy validation patches ('z'), the background included, so that 3
-    means: three standard deviations more surprising than the mean healthy patch; ``raw=True`` gives the squared error
-    of the paper. Before :meth:`calibrate` the two are the same and the threshold is infinite.
+    A map is in standard deviations above the mean of healthy patches ('z'), those at the same position where
+    ``per_position`` says so: 3 means three standard deviations more surprising than healthy tissue there. An image
+    score is in deviations above the mean of healthy images. ``raw=True`` gives the squared error of the paper. Before
+    :meth:`fit` and :meth:`calibrate` thresholds are infinite.
 
-    What decides an output travels in the state dict: density, standardization, calibration, threshold and
-    ``identity`` (backbone, hash of its weights, preprocessing, density hyper-parameters). The weights of the backbone
-    do not. Loading the state of another identity is refused. Scriptable by ``torch.jit.script``, at every image size.
+    What decides an output travels in the state dict: density, standardization, scores, thresholds and ``identity``
+    (backbone, hash of its weights, preprocessing, settings of density and scores). The weights of the backbone do not.
+    Loading the state of another identity is refused. Scriptable by ``torch.jit.script``, at every image size.
 
     Args:
         features: the frozen feature network.
+        density: of its ``num_channels``.
         image_size: side, or [height, width], that images are resized to; divisible by the patch size.
-        hidden_channels, dilations, kernel_size, mode: of the density, see :class:`SpatialARDensity`.
         standardize: bring every channel of the embeddings to mean 0 and deviation 1 over healthy training patches, so
             that channels of much natural variance do not drown the others. The paper does not.
+        score_scale, residual_pooling, per_position: see :class:`~bundle.networks.scores.PatchScore`.
+        image_score: see :class:`~bundle.networks.scores.ImageScore`.
         preprocessing: how images are read before they come here (plain JSON values), a part of the identity.
 
     Raises:
-        BundleError: if ``image_size`` is not divisible by the patch size.
+        BundleError: if ``image_size`` is not divisible by the patch size, the density is of other channels, or a
+            setting of the scores is unknown.
     """
 
     feature_mean: Tensor
     feature_std: Tensor
-    healthy_mean: Tensor
-    healthy_std: Tensor
     threshold: Tensor
+    image_threshold: Tensor
     identity: Tensor
 
     def __init__(
         self,
         features: FeatureNetwork,
+        density: SpatialARDensity,
         image_size: int | Sequence[int] = 320,
-        hidden_channels: int = 128,
-        dilations: Sequence[int] = (1, 1, 1, 1, 1),
-        kernel_size: int = 3,
-        mode: str = "causal",
         standardize: bool = True,
+        score_scale: str = "log_radius",
+        residual_pooling: float = 1.0,
+        per_position: bool = True,
+        image_score: str = "adjusted",
         preprocessing: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.image_size = _checked_size(image_size, features.patch_size)
+        if density.in_channels != features.num_channels:
+            raise BundleError(
+                f"the density has {density.in_channels} channels, but the embeddings {features.num_channels}: "
+                "give it in_channels of the feature network"
+            )
         self.features = features
-        self.density = SpatialARDensity(features.num_channels, hidden_channels, dilations, kernel_size, mode)
+        self.density = density
+        settings = density.describe()
+        self.patch_score = PatchScore(
+            features.num_channels,
+            [side // features.patch_size for side in self.image_size],
+            score_scale,
+            residual_pooling,
+            per_position,
+            **{key: settings[key] for key in ("covariance", "rank", "shrinkage")},
+        )
+        self.image_score = ImageScore(image_score)
         self.standardizes = standardize
-        self.top_share = 0.01  # of the patches, the most anomalous ones, whose mean is the image score
         self.register_buffer("feature_mean", torch.zeros(1, features.num_channels, 1, 1))
         self.register_buffer("feature_std", torch.ones(1, features.num_channels, 1, 1))
-        self.register_buffer("healthy_mean", torch.zeros(()))
-        self.register_buffer("healthy_std", torch.ones(()))
         self.register_buffer("threshold", torch.full((), float("inf")))
+        self.register_buffer("image_threshold", torch.full((), float("inf")))
         identity = {
             **features.describe(),
             "image_size": self.image_size,
             "standardize": standardize,
-            **self.density.describe(),
+            **settings,
+            "score_scale": score_scale,
+            "residual_pooling": residual_pooling,
+            "per_position": per_position,
+            "image_score": image_score,
             **(preprocessing or {}),
         }
         self.register_buffer("identity", _encode(identity))
@@ -125,24 +148,24 @@ class AnomalyDetector(nn.Module):
     def score_patches(self, embeddings: Tensor, raw: bool = False) -> Tensor:
         """The patch map [B, h, w] of ``embeddings`` [B, C, h, w]."""
         embeddings = self.standardize(embeddings)
-        patch_map = squared_error(self.density(embeddings), embeddings)
-        return patch_map if raw else (patch_map - self.healthy_mean) / self.healthy_std
+        if raw:
+            return squared_error(self.density(embeddings)[:, : embeddings.shape[1]], embeddings)
+        return self.patch_score(self.density.residual(embeddings))
 
     @torch.jit.export
     def detect(self, image: Tensor, raw: bool = False) -> Detection:
-        """Anomaly map, image score (mean of the top 1 % of patches) and patch map of ``image``.
+        """Anomaly map, image score and patch map of ``image``.
 
         Args:
             image: [B, 1 or 3, H, W] in [0, 1], any H and W.
-            raw: squared errors instead of deviations above healthy patches.
+            raw: squared errors, and the mean of the top 1 % of them, instead of calibrated scores.
         """
         patch_map = self.score_patches(self.embed(image), raw)
         anomaly_map = F.interpolate(
             patch_map.unsqueeze(1), [image.shape[-2], image.shape[-1]], mode="bilinear", align_corners=False
         )
-        patches = patch_map.flatten(1)
-        top = max(1, int(self.top_share * patches.shape[1] + 0.5))
-        return Detection(anomaly_map, patches.topk(top, dim=1).values.mean(dim=1), patch_map)
+        score = self.image_score.statistics(patch_map)[0] if raw else self.image_score(patch_map)
+        return Detection(anomaly_map, score, patch_map)
 
     def forward(self, image: Tensor, raw: bool = False) -> Tensor:
         """The anomaly map [B, 1, H, W] of ``image`` [B, 1 or 3, H, W] in [0, 1]."""
@@ -158,29 +181,57 @@ class AnomalyDetector(nn.Module):
         self.feature_mean.copy_(mean.view_as(self.feature_mean))
         self.feature_std.copy_(deviation.clamp_min(floor).view_as(self.feature_std))
 
-    @torch.no_grad()
-    def calibrate(self, batches: Iterable[Tensor], false_positive_rate: float = 0.01) -> None:
-        """Set scale and threshold from healthy validation embeddings, batches of [B, C, h, w].
+    def fit_before_training(self, training: Iterable[Tensor], validation: Iterable[Tensor]) -> None:
+        """Fit what training starts from: the linear prediction, and the covariance that weighs its errors.
 
-        The threshold is the value that the share ``false_positive_rate`` of healthy patches exceeds, in calibrated
-        units.
+        Args:
+            training, validation: healthy embeddings, batches of [B, C, h, w], iterated more than once.
+        """
+        training, validation = self._standardized(training), self._standardized(validation)
+        self.density.fit_linear(training, validation)
+        self.density.fit_covariance(training)
+
+    @torch.no_grad()
+    def fit_after_training(self, training: Iterable[Tensor]) -> None:
+        """Fit the covariance of what the trained density leaves, and the scores, to healthy training embeddings.
+
+        Args:
+            training: batches of [B, C, h, w], iterated more than once.
+        """
+        training = self._standardized(training)
+        self.density.fit_covariance(training)
+        residuals = _Mapped(self.density.residual, training)
+        self.patch_score.fit(residuals)
+        self.patch_score.calibrate(residuals)
+        self.image_score.fit(torch.cat([self.patch_score(batch) for batch in residuals]))
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        validation: Iterable[Tensor],
+        false_positive_rate: float = 0.01,
+        image_false_positive_rate: float = 0.05,
+    ) -> None:
+        """Set scales and thresholds from healthy validation embeddings, which nothing else was fitted to.
+
+        Args:
+            validation: batches of [B, C, h, w], iterated more than once.
+            false_positive_rate: the largest share of healthy patches above ``threshold``, in (0, 1).
+            image_false_positive_rate: the same of healthy images above ``image_threshold``.
 
         Raises:
-            BundleError: if the rate is not in (0, 1), or no patch is given.
+            BundleError: if a rate is not in (0, 1), or there is no image.
         """
-        if not 0 < false_positive_rate < 1:
-            raise BundleError(f"false_positive_rate must be in (0, 1), got {false_positive_rate}: try 0.01")
-        device = self.feature_mean.device
-        raw = [self.score_patches(batch.to(device), raw=True).flatten().double().cpu() for batch in batches]
-        if not raw:
+        residuals = _Mapped(self.density.residual, self._standardized(validation))
+        if next(iter(residuals), None) is None:
             raise BundleError("no healthy validation image to calibrate on: add some to the valid/good folder")
-        healthy = torch.cat(raw)
-        self.healthy_mean.copy_(healthy.mean())
-        self.healthy_std.copy_(healthy.std().clamp_min(1e-12))
-        # numpy-like quantile of any length; torch.quantile stops at 16 million values
-        rank = min(len(healthy) - 1, int((1 - false_positive_rate) * len(healthy)))
-        cut = healthy.kthvalue(rank + 1).values
-        self.threshold.copy_((cut - healthy.mean()) / healthy.std().clamp_min(1e-12))
+        patch_maps = self.patch_score.calibrate(residuals)
+        image_scores = self.image_score.calibrate(patch_maps)
+        self.threshold.fill_(conformal_threshold(patch_maps, false_positive_rate, "patches"))
+        self.image_threshold.fill_(conformal_threshold(image_scores, image_false_positive_rate, "images"))
+
+    def _standardized(self, batches: Iterable[Tensor]) -> Iterable[Tensor]:
+        return _Mapped(lambda batch: self.standardize(batch.to(self.feature_mean.device)), batches)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must agree with: backbone, hash of its weights, preprocessing and density."""
@@ -191,6 +242,17 @@ class AnomalyDetector(nn.Module):
         if stored is not None:
             refuse_other(_decode(stored), self.describe())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class _Mapped(Iterable[Tensor]):
+    """``function`` of each of ``batches``, anew with every iteration: nothing is kept."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> None:
+        self.function = function
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.function, self.batches)
 
 
 def _checked_size(image_size: int | Sequence[int], patch: int) -> list[int]:

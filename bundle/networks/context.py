@@ -1,0 +1,231 @@
+"""Context networks: from a map of embeddings to a prediction of each that does not see the embedding itself.
+
+Each takes [B, C, h, w] and gives [B, P, h, w]; what a position sees is proved by gradients in
+``tests/test_density.py``.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bundle.networks.gaussian import moments
+from bundle.networks.masked import MaskedConv2d, kernel_taps
+
+POSITION_CHANNELS = 10  # of :func:`position_code`
+
+
+class MaskedStack(nn.Module):
+    """Masked, dilated convolutions with ReLU between them, as many as ``dilations`` has entries.
+
+    The network of the paper (arXiv 2603.02974, method section). In ``causal`` mode a position sees only patches earlier
+    in raster order. In ``bidirectional`` mode it never sees itself if the first dilation is odd and all others are
+    even; with one constant dilation it does, from the third layer on. In ``standard`` mode it does at once.
+
+    Args:
+        in_channels, out_channels: C and P.
+        hidden_channels: channels between the layers (256 in the paper).
+        dilations: one per layer, in patches.
+        kernel_size: odd side of every kernel.
+        mode: ``causal``, ``bidirectional`` or ``standard``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden_channels: int,
+        dilations: Sequence[int],
+        kernel_size: int,
+        mode: str,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [hidden_channels] * (len(dilations) - 1) + [out_channels]
+        layers: list[nn.Module] = []
+        for index, dilation in enumerate(dilations):
+            taps = kernel_taps(mode, kernel_size, first=index == 0)
+            layers += [MaskedConv2d(widths[index], widths[index + 1], taps, dilation), nn.ReLU()]
+        self.net = nn.Sequential(*layers[:-1])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Predict ``features`` [B, C, h, w]: [B, P, h, w]."""
+        return self.net(features)
+
+
+class BlindStreams(nn.Module):
+    """A blind spot by four streams, each of which looks into one direction only.
+
+    A stream is a stack of convolutions that see nothing below their center, shifted by one row, so that it sees the
+    half-plane strictly above; turned by 90 degrees it sees one of the other half-planes. Together they see everything
+    but the position itself. Source: Laine et al., 'High-Quality Self-Supervised Deep Image Denoising', NeurIPS 2019.
+
+    Args:
+        in_channels, out_channels: C and P.
+        hidden_channels: channels of a stream.
+        dilations: one per layer, in patches.
+        kernel_size: odd side of every kernel.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, hidden_channels: int, dilations: Sequence[int], kernel_size: int
+    ) -> None:
+        super().__init__()
+        taps = torch.ones(kernel_size, kernel_size)
+        taps[kernel_size // 2 + 1 :] = 0
+        layers: list[nn.Module] = []
+        for index, dilation in enumerate(dilations):
+            layers += [
+                MaskedConv2d(hidden_channels if index else in_channels, hidden_channels, taps, dilation),
+                nn.ReLU(),
+            ]
+        self.stream = nn.Sequential(*layers)
+        self.join = nn.Sequential(
+            nn.Conv2d(4 * hidden_channels, hidden_channels, 1), nn.ReLU(), nn.Conv2d(hidden_channels, out_channels, 1)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Predict ``features`` [B, C, h, w]: [B, P, h, w]."""
+        seen = []
+        for turn in range(4):
+            above = self.stream(torch.rot90(features, turn, [2, 3]))
+            shifted = F.pad(above, [0, 0, 1, 0])[:, :, : above.shape[2]]
+            seen.append(torch.rot90(shifted, -turn, [2, 3]))
+        return self.join(torch.cat(seen, dim=1))
+
+
+class GuardedRing(nn.Module):
+    """One look at the ring around a position, between pointwise layers; a guard hides the nearest patches, too.
+
+    Neighbors share receptive fields of the backbone with a lesion, and would help to predict it; the guard, as guard
+    cells in radar detection, takes that help away. Since only one layer mixes positions, nothing can leak.
+
+    Args:
+        in_channels, out_channels: C and P.
+        hidden_channels: channels of the pointwise layers; the look takes a quarter of them.
+        kernel_size: odd side of the ring.
+        guard: patches on each side of the position that it does not see either.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int, kernel_size: int, guard: int) -> None:
+        super().__init__()
+        narrow = max(1, hidden_channels // 4)
+        self.encode = nn.Sequential(
+            nn.Conv2d(in_channels, hidden_channels, 1), nn.GELU(), nn.Conv2d(hidden_channels, narrow, 1)
+        )
+        self.look = MaskedConv2d(narrow, hidden_channels, kernel_taps("guarded", kernel_size, True, guard))
+        self.refine = nn.Sequential(
+            nn.GELU(), nn.Conv2d(hidden_channels, hidden_channels, 1), nn.GELU(),
+            nn.Conv2d(hidden_channels, hidden_channels, 1),
+        )  # fmt: skip
+        self.predict = nn.Conv2d(hidden_channels, out_channels, 1)
+        nn.init.zeros_(self.predict.weight)  # training starts from the linear prediction
+        nn.init.zeros_(self.predict.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Predict ``features`` [B, C, h, w]: [B, P, h, w]."""
+        hidden = self.look(self.encode(features))
+        return self.predict(F.gelu(hidden + self.refine(hidden)))
+
+
+class LinearContext(nn.Module):
+    """The linear prediction of an embedding from those around it, fitted in closed form: a Gaussian Markov field.
+
+    Ridge regression on the leading principal components of the context, each of unit variance, and on whether a tap
+    lies inside the map. No gradient steps; the ridge is the one of highest likelihood on held-out healthy patches.
+
+    Args:
+        channels: C.
+        components: principal components of the context; fewer need fewer healthy images.
+        taps: [k, k], 1 where the prediction may look.
+    """
+
+    components: Tensor
+    offset: Tensor
+    weight: Tensor
+    placement: Tensor
+
+    RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+
+    def __init__(self, channels: int, components: int, taps: Tensor) -> None:
+        super().__init__()
+        self.kernel_size = int(taps.shape[-1])
+        self.live = taps.flatten().nonzero().flatten().tolist()
+        placement = torch.eye(taps.numel())[self.live]
+        self.register_buffer("placement", placement, persistent=False)  # of live taps among all of a kernel
+        # buffers: no gradient ever changes them
+        self.register_buffer("components", torch.zeros(components, channels, 1, 1))
+        self.register_buffer("offset", torch.zeros(components))
+        self.register_buffer("weight", torch.zeros(channels, components + 1, len(self.live)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Predict ``features`` [B, C, h, w], to the same shape."""
+        kernel = (self.weight @ self.placement).unflatten(2, [self.kernel_size, self.kernel_size])
+        return F.conv2d(self._reduced(features), kernel, padding=self.kernel_size // 2)
+
+    def _reduced(self, features: Tensor) -> Tensor:
+        """The components of ``features`` and a channel of ones, [B, components + 1, h, w]."""
+        reduced = F.conv2d(features, self.components, self.offset)
+        return torch.cat([reduced, torch.ones_like(reduced[:, :1])], dim=1)
+
+    @torch.jit.ignore
+    def context(self, features: Tensor) -> Tensor:
+        """What the prediction of each patch is linear in, [B * h * w, (components + 1) * taps]."""
+        reduced = self._reduced(features)
+        unfolded = F.unfold(reduced, self.kernel_size, padding=self.kernel_size // 2)
+        seen = unfolded.unflatten(1, (reduced.shape[1], -1))[:, :, self.live]
+        return seen.flatten(1, 2).transpose(1, 2).flatten(0, 1)
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def fit(self, training: Iterable[Tensor], held_out: Iterable[Tensor]) -> None:
+        """Fit to healthy embeddings, batches of [B, C, h, w]; the ridge is chosen on ``held_out`` ones.
+
+        Both are iterated more than once.
+        """
+        self._fit_components(training)
+        context, product, _ = self._moments(training)
+        held_context, held_product, held_square = self._moments(held_out)
+        values, vectors = torch.linalg.eigh(context)
+        rotated = vectors.T @ product
+        best = math.inf
+        for ridge in self.RIDGES:
+            weight = vectors @ (rotated / (values.clamp_min(0) + ridge)[:, None])
+            residual = held_square - 2 * (weight * held_product).sum(0) + (weight * (held_context @ weight)).sum(0)
+            surprise = float(residual.clamp_min(1e-12).log().sum())
+            if surprise < best:
+                best = surprise
+                self.weight.copy_(weight.T.unflatten(1, self.weight.shape[1:]).to(self.weight.dtype))
+
+    def _fit_components(self, batches: Iterable[Tensor]) -> None:
+        mean, covariance = moments(batches)
+        values, vectors = torch.linalg.eigh(covariance)
+        count = len(self.offset)
+        leading = vectors.flip(1)[:, :count] / values.flip(0)[:count].clamp_min(1e-8).sqrt()
+        self.components.copy_(leading.T[:, :, None, None])
+        self.offset.copy_(-(mean @ leading))
+
+    def _moments(self, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean of context times context, of context times target, and of the squared target."""
+        count, sums = 0, [torch.zeros(())] * 3
+        for batch in batches:
+            for part in batch.to(self.weight.device).split(8):  # the context of a patch is large
+                context, target = self.context(part), part.movedim(1, -1).flatten(0, 2)
+                count += len(target)
+                products = (context.T @ context, context.T @ target, target.square().sum(0))
+                sums = [total.to(new.device) + new.double() for total, new in zip(sums, products, strict=True)]
+        square, product, energy = (total / count for total in sums)
+        return square, product, energy
+
+
+def position_code(features: Tensor) -> Tensor:
+    """Where each patch is, as sines and cosines of rows and columns, [B, POSITION_CHANNELS, h, w]."""
+    height, width = features.shape[-2], features.shape[-1]
+    rows = torch.linspace(-1, 1, height, dtype=features.dtype, device=features.device)
+    columns = torch.linspace(-1, 1, width, dtype=features.dtype, device=features.device)
+    grid = torch.stack([rows[:, None].expand(height, width), columns[None].expand(height, width)])
+    waves = [grid]
+    for frequency in (0.5, 1.0):
+        waves += [torch.sin(math.pi * frequency * grid), torch.cos(math.pi * frequency * grid)]
+    return torch.cat(waves).expand(features.shape[0], -1, -1, -1)
