@@ -67,14 +67,14 @@ class ExportGraph(nn.Module):
     def __init__(self, detector: AnomalyDetector) -> None:
         super().__init__()
         self.detector = copy.deepcopy(detector).float().cpu().eval()
+        self.detector.features.cpu_pixels = 0  # batches are not split
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Anomaly map [B, 1, H, W], image score [B] and patch map [B, h, w] of ``image`` [B, 1 or 3, H, W]."""
         # index 2 does not exist in an image of two channels: the runtime refuses it
         channels = torch.arange(3, device=image.device) * torch.sym_min(image.shape[1] - 1, 1)
         resized = resize_by_matrices(image, self.detector.image_size)[:, channels]
-        features = self.detector.features
-        patch_map = self.detector.score_patches(features.backbone(features.normalize(resized)))
+        patch_map = self.detector.score_patches(self.detector.embed_tiles(self.detector.features.normalize(resized)))
         anomaly_map = F.interpolate(
             patch_map.unsqueeze(1), [image.shape[-2], image.shape[-1]], mode="bilinear", align_corners=False
         )

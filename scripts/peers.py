@@ -12,7 +12,6 @@ With ``scripts/peers.json`` a peer takes the detector's place in the commands of
 
 from __future__ import annotations
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -25,12 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bundle.compute import Compute
-from bundle.data.cases import Case
 from bundle.data.stream import Slice
 from bundle.errors import BundleError, check_choice
 from bundle.networks.detector import AnomalyDetector, Detection, refuse_other
 
-SCORE_SETTINGS = {"standardize", "score_scale", "residual_pooling", "per_position", "image_score"}
+SCORE_SETTINGS = {"standardize", "feature_components", "score_scale", "residual_pooling", "per_position", "image_score"}
 LAYER = "blocks.11"  # what AnomalyDINO calls its features; PatchCore takes any name
 
 
@@ -310,11 +308,6 @@ class PeerDetector(nn.Module):
         refuse_other(state_dict["identity"], self.describe())
         self.threshold.copy_(state_dict["threshold"])
         self.peer.stored = {name: state_dict[name].to(self.threshold.device) for name in self.peer.stored_names}
-
-
-def sample(cases: list[Case], count: int | None, seed: int) -> list[Case]:
-    """``count`` of the ``cases``, drawn at random; all of them if it is None or larger."""
-    return cases if count is None or count >= len(cases) else random.Random(seed).sample(cases, count)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -225,3 +225,15 @@ def test_a_missing_image_is_named_with_a_feature_cache_too(tmp_path):
     (tmp_path / "data.json").write_text(json.dumps({"training": ["a.png", "missing.png"]}))
     with pytest.raises(BundleError, match=r"no file at '.*missing\.png'"):
         read_splits(tmp_path / "data.json", LoadCased("image"), store=set())
+
+
+def test_learns_from_as_many_healthy_images_as_wanted_always_the_same(tmp_path):
+    for index in range(8):
+        picture(bmad(tmp_path) / "train/good" / f"more{index}.png", value=index)
+    names = [
+        [case["name"] for case in read_splits(tmp_path, lambda case: case, seed=seed, healthy_images=count)["training"]]
+        for seed, count in ((0, 4), (0, 4), (1, 4), (0, 100))
+    ]
+    assert len(names[0]) == 4 and names[0] == names[1] != names[2] and len(names[3]) == 10
+    with pytest.raises(BundleError, match="healthy_images is 0"):
+        read_splits(tmp_path, lambda case: case, healthy_images=0)

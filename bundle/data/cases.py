@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -49,6 +50,7 @@ def read_splits(
     seed: int = 0,
     needed: Sequence[str] = SPLITS,
     store: Container[str] | None = None,
+    healthy_images: int | None = None,
 ) -> dict[str, list[Case]]:
     """The readable cases of each split of a data set, see :func:`find_splits` and :func:`readable`.
 
@@ -61,6 +63,7 @@ def read_splits(
         seed: see :func:`find_splits`.
         needed: the splits that are read; the others stay empty.
         store: the feature cache; healthy images that it knows by their content were read before, and are not again.
+        healthy_images: how many of the training images are used, drawn by ``seed``; None: all.
 
     Raises:
         BundleError: for bad data, or if a split that alone is needed is empty.
@@ -70,6 +73,11 @@ def read_splits(
         with idist.one_rank_first():  # of processes that train together one makes it, the others find it
             make_sample_cohort(cohort_dir)
     splits = find_splits(path, seed, needed)
+    if healthy_images is not None:
+        if healthy_images < 1:
+            raise BundleError(f"healthy_images is {healthy_images}: give at least 1, or null for all")
+        drawn = random.Random(seed).sample(splits["training"], min(healthy_images, len(splits["training"])))
+        splits["training"] = sorted(drawn, key=itemgetter("name"))
     if list(needed) == ["test"] and not splits["test"]:
         raise BundleError(f"'{path}' has no test images: put them into test/good and test/Ungood")
     known = {id(case) for split in ("training", "validation") for case in splits[split] if _is_in(store, case)}

@@ -1,6 +1,6 @@
 """The anomaly detector: an image goes in, an anomaly map of its size comes out, in one forward pass.
 
-image -> resize -> normalize (3 channels, backbone's mean and deviation) -> patch embeddings -> standardize
+image -> resize -> normalize (3 channels, backbone's mean and deviation) -> patch embeddings -> standardize, reduce
       -> density: residual of the prediction -> patch score: patch map -> anomaly map and image score
 """
 
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from bundle.errors import BundleError
 from bundle.networks.density import SpatialARDensity, squared_error
 from bundle.networks.features import FeatureNetwork
+from bundle.networks.gaussian import moments
 from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold
 
 
@@ -59,21 +60,25 @@ class AnomalyDetector(nn.Module):
 
     Args:
         features: the frozen feature network.
-        density: of its ``num_channels``.
+        density: of ``num_channels`` of the features, or of ``feature_components`` channels.
         image_size: side, or [height, width], that images are resized to; divisible by the patch size.
+        tiles: per side, that a resized image is cut into for the feature network: at twice the image size and 2 tiles
+            a patch covers half the length, and a transformer no longer sequence. 1: whole.
         standardize: bring every channel of the embeddings to mean 0 and deviation 1 over healthy training patches, so
             that channels of much natural variance do not drown the others. The paper does not.
+        feature_components: principal components that the standardized embeddings are reduced to; None: not reduced.
         score_scale, residual_pooling, per_position: see :class:`~bundle.networks.scores.PatchScore`.
         image_score: see :class:`~bundle.networks.scores.ImageScore`.
         preprocessing: how images are read before they come here (plain JSON values), a part of the identity.
 
     Raises:
-        BundleError: if ``image_size`` is not divisible by the patch size, the density is of other channels, or a
-            setting of the scores is unknown.
+        BundleError: if ``image_size`` is not divisible by the patch size in every tile, the density is of other
+            channels, or a setting of the scores is unknown.
     """
 
     feature_mean: Tensor
     feature_std: Tensor
+    projection: Tensor
     threshold: Tensor
     image_threshold: Tensor
     identity: Tensor
@@ -83,7 +88,9 @@ class AnomalyDetector(nn.Module):
         features: FeatureNetwork,
         density: SpatialARDensity,
         image_size: int | Sequence[int] = 320,
+        tiles: int = 1,
         standardize: bool = True,
+        feature_components: int | None = None,
         score_scale: str = "log_radius",
         residual_pooling: float = 1.0,
         per_position: bool = True,
@@ -91,17 +98,24 @@ class AnomalyDetector(nn.Module):
         preprocessing: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.image_size = _checked_size(image_size, features.patch_size)
-        if density.in_channels != features.num_channels:
+        channels = features.num_channels
+        if tiles < 1:
+            raise BundleError(f"tiles is {tiles}: give the number of tiles per side, 1 for whole images")
+        if feature_components is not None and not 1 <= feature_components <= channels:
             raise BundleError(
-                f"the density has {density.in_channels} channels, but the embeddings {features.num_channels}: "
-                "give it in_channels of the feature network"
+                f"feature_components is {feature_components}: give 1 to {channels}, the embeddings' channels, or null"
+            )
+        reduced = feature_components or channels
+        self.image_size = _checked_size(image_size, features.patch_size * tiles)
+        if density.in_channels != reduced:
+            raise BundleError(
+                f"the density has {density.in_channels} channels, but the embeddings {reduced}: give it that many"
             )
         self.features = features
         self.density = density
         settings = density.describe()
         self.patch_score = PatchScore(
-            features.num_channels,
+            reduced,
             [side // features.patch_size for side in self.image_size],
             score_scale,
             residual_pooling,
@@ -109,15 +123,20 @@ class AnomalyDetector(nn.Module):
             **{key: settings[key] for key in ("covariance", "rank", "shrinkage")},
         )
         self.image_score = ImageScore(image_score)
+        self.tiles = tiles
         self.standardizes = standardize
-        self.register_buffer("feature_mean", torch.zeros(1, features.num_channels, 1, 1))
-        self.register_buffer("feature_std", torch.ones(1, features.num_channels, 1, 1))
+        self.reduces = feature_components is not None
+        self.register_buffer("feature_mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("feature_std", torch.ones(1, channels, 1, 1))
+        self.register_buffer("projection", torch.eye(reduced, channels if self.reduces else reduced)[..., None, None])
         self.register_buffer("threshold", torch.full((), float("inf")))
         self.register_buffer("image_threshold", torch.full((), float("inf")))
         identity = {
             **features.describe(),
             "image_size": self.image_size,
+            "tiles": tiles,
             "standardize": standardize,
+            "feature_components": feature_components,
             **settings,
             "score_scale": score_scale,
             "residual_pooling": residual_pooling,
@@ -137,12 +156,24 @@ class AnomalyDetector(nn.Module):
     @torch.jit.export
     def embed(self, image: Tensor) -> Tensor:
         """The patch embeddings [B, C, h, w] of ``image`` [B, 1 or 3, H, W] in [0, 1], as the backbone gives them."""
-        return self.features(self.features.normalize(self.resize(image)))
+        return self.embed_tiles(self.features.normalize(self.resize(image)))
+
+    @torch.jit.export
+    def embed_tiles(self, image: Tensor) -> Tensor:
+        """The patch embeddings [B, C, h, w] of ``image`` [B, 3, H, W], resized and normalized, tile by tile."""
+        if self.tiles == 1:
+            return self.features(image)
+        sides = [self.tiles, -1]
+        tiles = image.unflatten(3, sides).unflatten(2, sides)  # [B, 3, tiles, H / tiles, tiles, W / tiles]
+        maps = self.features(tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2))
+        maps = maps.unflatten(0, [-1, self.tiles, self.tiles]).permute(0, 3, 1, 4, 2, 5)
+        return maps.flatten(2, 3).flatten(3, 4)
 
     @torch.jit.export
     def standardize(self, embeddings: Tensor) -> Tensor:
-        """Bring every channel of ``embeddings`` [B, C, h, w] to the scale of healthy training patches."""
-        return (embeddings - self.feature_mean) / self.feature_std
+        """Bring ``embeddings`` [B, C, h, w] to the scale of healthy training patches, reduced if that is wanted."""
+        standardized = (embeddings - self.feature_mean) / self.feature_std
+        return F.conv2d(standardized, self.projection) if self.reduces else standardized
 
     @torch.jit.export
     def score_patches(self, embeddings: Tensor, raw: bool = False) -> Tensor:
@@ -182,11 +213,16 @@ class AnomalyDetector(nn.Module):
         self.feature_std.copy_(deviation.clamp_min(floor).view_as(self.feature_std))
 
     def fit_before_training(self, training: Iterable[Tensor], validation: Iterable[Tensor]) -> None:
-        """Fit what training starts from: the linear prediction, and the covariance that weighs its errors.
+        """Fit what training starts from: reduction, linear prediction, and the covariance that weighs its errors.
 
         Args:
             training, validation: healthy embeddings, batches of [B, C, h, w], iterated more than once.
         """
+        if self.reduces:
+            deviation = self.feature_std.flatten().double().cpu()
+            covariance = moments(training)[1] / torch.outer(deviation, deviation)
+            leading = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : len(self.projection)]
+            self.projection.copy_(leading.T[..., None, None])
         training, validation = self._standardized(training), self._standardized(validation)
         self.density.fit_linear(training, validation)
         self.density.fit_covariance(training)

@@ -97,7 +97,7 @@ class FeatureNetwork(nn.Module):
             raise BundleError(
                 f"image of {height} x {width} pixels: height and width must be divisible by {self.patch_size}"
             )
-        if image.is_cuda or torch.jit.is_tracing():
+        if image.is_cuda or torch.jit.is_tracing() or self.cpu_pixels == 0:
             return self.backbone(image)
         parts = image.split(max(1, self.cpu_pixels // (height * width)))
         return torch.cat([self.backbone(part) for part in parts])
