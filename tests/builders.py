@@ -2,11 +2,21 @@
 
 from bundle.networks import AnomalyDetector, SpatialARDensity
 
-SCORES = ("score_scale", "residual_pooling", "per_position", "image_score", "standardize", "preprocessing")
+OF_DETECTOR = (
+    "tiles",
+    "standardize",
+    "feature_components",
+    "score_scale",
+    "residual_pooling",
+    "per_position",
+    "image_score",
+    "preprocessing",
+)
 
 
 def small_detector(features, image_size=64, **settings):
-    """A detector of few channels; ``settings`` of density or scores, else the defaults of the bundle."""
-    scores = {key: settings.pop(key) for key in SCORES if key in settings}
-    density = SpatialARDensity(features.num_channels, **{"hidden_channels": 8, **settings})
-    return AnomalyDetector(features, density, image_size, **scores)
+    """A detector of few channels; ``settings`` of density or detector, else the defaults of the bundle."""
+    own = {key: settings.pop(key) for key in OF_DETECTOR if key in settings}
+    channels = own.get("feature_components") or features.num_channels
+    settings = {"hidden_channels": 8, "linear_components": min(32, channels), **settings}
+    return AnomalyDetector(features, SpatialARDensity(channels, **settings), image_size, **own)

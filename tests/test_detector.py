@@ -10,7 +10,7 @@ from monai.transforms import NormalizeIntensity, RepeatChannel
 from torch.nn import functional as F
 
 from bundle.errors import BundleError
-from bundle.networks import FeatureNetwork
+from bundle.networks import AnomalyDetector, FeatureNetwork, SpatialARDensity
 from bundle.networks.density import squared_error
 from bundle.training import load_checkpoint, save_checkpoint
 
@@ -170,3 +170,58 @@ def test_an_image_size_off_the_patch_grid_is_refused_with_a_near_one(features, s
 def test_only_the_density_is_trained(detector):
     trained = {name for name, parameter in detector.named_parameters() if parameter.requires_grad}
     assert trained == {f"density.{name}" for name, _ in detector.density.named_parameters()}
+
+
+# finer and fewer features
+
+
+def test_every_tile_is_embedded_as_an_image_of_its_own(features):
+    detector = small_detector(features, 128, tiles=2)
+    image = torch.rand(2, 1, 128, 128)
+    embeddings = detector.embed(image)
+    assert embeddings.shape == (2, 152, 8, 8)
+    for row in range(2):
+        for column in range(2):
+            tile = image[:, :, 64 * row : 64 * (row + 1), 64 * column : 64 * (column + 1)]
+            expected = features(features.normalize(tile))
+            found = embeddings[:, :, 4 * row : 4 * (row + 1), 4 * column : 4 * (column + 1)]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_tiles_of_an_oblong_image_keep_their_places(features):
+    detector = small_detector(features, [64, 160], tiles=2)
+    image = torch.zeros(1, 1, 64, 160)
+    image[..., 40:56, 100:110] = 1  # in the lower right tile
+    changed = (detector.embed(image) - detector.embed(torch.zeros_like(image))).abs().sum(dim=1)[0]
+    assert (changed[2:, 5:] > 1).all() and (changed[:2] < 1e-3).all() and (changed[:, :5] < 1e-3).all()
+
+
+@pytest.mark.parametrize(("size", "tiles", "message"), [(80, 2, "multiples of"), (64, 0, "tiles is 0")])
+def test_tiles_off_the_patch_grid_are_refused(features, size, tiles, message):
+    with pytest.raises(BundleError, match=message):
+        small_detector(features, size, tiles=tiles)
+
+
+def test_reduced_features_are_the_leading_principal_components(features):
+    detector = small_detector(features, feature_components=6)
+    embeddings = torch.randn(40, 152, 4, 4) * torch.linspace(3, 0.1, 152).view(1, -1, 1, 1)
+    embeddings[:, 1] = embeddings[:, 0]  # the same twice: the leading component of standardized channels
+    moments = embeddings.transpose(0, 1).flatten(1)
+    detector.set_standardization(moments.mean(dim=1), moments.std(dim=1))
+    detector.fit_before_training([embeddings], [embeddings])
+    reduced = detector.standardize(embeddings)
+    assert reduced.shape == (40, 6, 4, 4)
+    covariance = torch.cov(reduced.transpose(0, 1).flatten(1))
+    torch.testing.assert_close(covariance, torch.diag(covariance.diag()), atol=0.05, rtol=0)
+    assert float(covariance[0, 0]) > 1.9
+    assert detector(torch.rand(1, 1, 64, 64)).shape == (1, 1, 64, 64)
+
+
+def test_more_components_than_channels_are_refused(features):
+    with pytest.raises(BundleError, match="feature_components is 153: give 1 to 152"):
+        small_detector(features, feature_components=153)
+
+
+def test_a_density_of_other_channels_is_refused(features):
+    with pytest.raises(BundleError, match="the density has 8 channels, but the embeddings 152"):
+        AnomalyDetector(features, SpatialARDensity(8, linear_components=2))

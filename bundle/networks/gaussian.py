@@ -48,23 +48,31 @@ def fit_gaussian(
 
 def _shrunk(batches: Iterable[Tensor], shrinkage: float | None) -> tuple[Tensor, Tensor, float]:
     """Mean, shrunk covariance and the shrinkage, from one pass."""
-    count, total, square, fourth, shift = 0, torch.zeros(()), torch.zeros(()), torch.zeros(()), torch.zeros(())
+    count, shift = 0, torch.zeros(())
+    total, square, weighted, lengths, fourth = (torch.zeros(()) for _ in range(5))
     for batch in batches:
         patches = rows(batch.detach()).cpu()
         if count == 0:
             shift = patches.mean(0)  # near the mean: no digits are lost in differences of large sums
         patches = patches - shift
+        length = patches.square().sum(1)
         count += len(patches)
         total = total + patches.sum(0)
         square = square + patches.T @ patches
-        fourth = fourth + patches.square().sum(1).square().sum()
+        weighted = weighted + length @ patches
+        lengths = lengths + length.sum()
+        fourth = fourth + length.square().sum()
     center = total / count
     covariance = square / count - torch.outer(center, center)
     channels = len(center)
     scale = covariance.trace() / channels
     if shrinkage is None:
         spread = (covariance.square().sum() - channels * scale.square()).clamp_min(1e-30)
-        noise = (fourth / count - square.div(count).square().sum()) / count
+        offset = center.square().sum()
+        # the sum of the fourth powers of the distances from the center, from what was summed around the shift
+        fourth = fourth + 4 * (center @ square @ center) + count * offset**2 + 2 * offset * lengths
+        fourth = fourth - 4 * (weighted @ center) - 4 * offset * (total @ center)
+        noise = (fourth / count - covariance.square().sum()) / count
         shrinkage = float((noise / spread).clamp(0, 1))
     shrunk = (1 - shrinkage) * covariance + shrinkage * scale * torch.eye(channels, dtype=covariance.dtype)
     return shift + center, shrunk, shrinkage

@@ -1,0 +1,162 @@
+"""A score says how unusual a patch or an image is among healthy ones, and thresholds keep what they promise."""
+
+import logging
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bundle.errors import BundleError
+from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold
+
+
+def residuals(images=60, seed=0, grid=8, channels=5):
+    """Healthy residuals, four times as large in the left half as in the right one, with correlated channels."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(images, channels, grid, grid, generator=generator)
+    values[:, 1] = 0.9 * values[:, 0] + 0.1 * values[:, 1]
+    values[..., : grid // 2] *= 4
+    return values
+
+
+def fitted(images=60, **settings):
+    score = PatchScore(5, [8, 8], **{"pooling": 0.0, **settings})
+    score.fit([residuals(images)])
+    return score
+
+
+def test_healthy_patches_have_mean_0_and_deviation_1_after_calibration():
+    score = fitted()
+    returned = score.calibrate([residuals(seed=1)])
+    z = score(residuals(seed=1))
+    torch.testing.assert_close(returned, z, atol=1e-5, rtol=0)
+    assert abs(float(z.mean())) < 1e-4 and abs(float(z.std()) - 1) < 1e-3
+
+
+def test_per_position_every_position_has_the_same_scale():
+    z = fitted(600)(residuals(300, seed=1))
+    left, right = z[..., :4], z[..., 4:]
+    assert abs(float(left.mean() - right.mean())) < 0.1
+    pooled = fitted(600, per_position=False)(residuals(300, seed=1))
+    assert float(pooled[..., :4].mean() - pooled[..., 4:].mean()) > 1
+
+
+def test_few_images_trust_the_moments_of_one_position_less():
+    scores = fitted(3), fitted(300)
+    step = [float(score.position_mean[:, :4].mean() - score.position_mean[:, 4:].mean()) for score in scores]
+    assert 0 < step[0] < 0.5 * step[1]
+
+
+def test_a_full_covariance_sees_what_breaks_the_correlation_of_channels():
+    odd = torch.zeros(1, 5, 8, 8)
+    odd[0, 0], odd[0, 1] = 2.0, -2.0  # small for each channel, never seen together
+    assert float(fitted()(odd).mean()) > float(fitted(covariance="isotropic")(odd).mean()) + 1
+
+
+def test_pooling_finds_what_points_the_same_way_in_neighboring_patches():
+    healthy = residuals(seed=2)
+    lesion = healthy.clone()
+    lesion[:, :, 2:5, 5:8] += 0.9
+    alone, together = fitted(), fitted(pooling=1.0)
+    gains = [float((score(lesion) - score(healthy))[:, 3, 6].mean()) for score in (alone, together)]
+    assert gains[1] > 2 * gains[0]
+
+
+def test_pooling_is_a_gaussian_mean_with_replicated_borders():
+    score, values = PatchScore(5, [8, 8], pooling=1.0), residuals(2)
+    kernel = torch.outer(score.weights, score.weights).expand(5, 1, 5, 5)
+    expected = F.conv2d(F.pad(values, (2, 2, 2, 2), mode="replicate"), kernel, groups=5)
+    torch.testing.assert_close(score.pool(values), expected)
+    assert torch.equal(PatchScore(5, [8, 8], pooling=0.0).pool(values), values)
+
+
+def test_the_squared_error_is_the_papers_up_to_scale():
+    score = PatchScore(5, [8, 8], "squared_error", pooling=0.0, per_position=False, covariance="isotropic")
+    values = residuals(4)
+    torch.testing.assert_close(score(values), values.square().mean(dim=1))
+    score.fit([residuals()])
+    score.calibrate([residuals(seed=1)])
+    correlation = torch.corrcoef(torch.stack([score(values).flatten(), values.square().mean(dim=1).flatten()]))
+    assert float(correlation[0, 1]) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("settings", "message"), [({"scale": "log"}, "log_radius"), ({"pooling": -1.0}, "is -1.0")])
+def test_refuses_bad_settings(settings, message):
+    with pytest.raises(BundleError, match=message):
+        PatchScore(5, [8, 8], **settings)
+
+
+# images
+
+
+def noisy_maps(images=400, seed=0):
+    """Healthy patch maps whose level and spread differ from image to image, as noise and contrast make them."""
+    generator = torch.Generator().manual_seed(seed)
+    level, spread = torch.randn(2, images, 1, 1, generator=generator)
+    return level + torch.exp(0.3 * spread) * torch.randn(images, 20, 20, generator=generator)
+
+
+def with_lesion(maps):
+    maps = maps.clone()
+    maps[:, 5:7, 5:7] += 3
+    return maps
+
+
+def separation(score, healthy, sick):
+    return float((score(sick)[:, None] > score(healthy)[None]).float().mean())
+
+
+def test_the_adjusted_image_score_is_robust_to_noise_and_contrast():
+    plain, adjusted = ImageScore("top_patches"), ImageScore("adjusted")
+    adjusted.fit(noisy_maps())
+    healthy, sick = noisy_maps(seed=1), with_lesion(noisy_maps(seed=2))
+    assert separation(adjusted, healthy, sick) > separation(plain, healthy, sick) + 0.1
+
+
+def test_the_covariates_do_not_see_a_lesion_of_a_tenth_of_the_image():
+    maps = noisy_maps(50)
+    sick = maps.clone()
+    sick[:, :, :2] += 20
+    before, after = ImageScore().statistics(maps)[1], ImageScore().statistics(sick)[1]
+    assert float((after - before).abs().max()) < 0.5
+
+
+def test_the_plain_image_score_is_the_mean_of_the_top_patches():
+    maps = noisy_maps(3)
+    expected = maps.flatten(1).sort(dim=1, descending=True).values[:, :4].mean(dim=1)  # 1 % of 20 x 20
+    torch.testing.assert_close(ImageScore("top_patches")(maps), expected)
+
+
+def test_healthy_images_have_mean_0_and_deviation_1():
+    score = ImageScore()
+    score.fit(noisy_maps())
+    returned = score.calibrate(noisy_maps(seed=1))
+    assert abs(float(returned.mean())) < 1e-6 and float(returned.std()) == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(score(noisy_maps(seed=1)).double(), returned, atol=1e-4, rtol=0)
+
+
+# thresholds
+
+
+@pytest.mark.parametrize(("count", "rate"), [(19, 0.05), (99, 0.01), (30, 0.2)])
+def test_a_new_healthy_score_exceeds_the_conformal_threshold_no_more_often_than_promised(count, rate):
+    generator = torch.Generator().manual_seed(0)
+    exceeded = []
+    for _ in range(3000):
+        scores = torch.rand(count + 1, generator=generator)
+        exceeded.append(float(scores[-1]) > conformal_threshold(scores[:-1], rate, "images"))
+    share = sum(exceeded) / len(exceeded)
+    assert share <= rate + 0.01  # three deviations of the mean of 3000
+    assert share >= rate - 1 / (count + 1) - 0.01
+
+
+def test_too_few_images_to_promise_the_rate_are_named(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert conformal_threshold(torch.tensor([1.0, 3.0, 2.0]), 0.05, "images") == 3.0
+    assert "3 healthy validation images can't promise a false positive rate of 0.05, only 0.25" in caplog.text
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, 7])
+def test_refuses_a_rate_out_of_range(rate):
+    with pytest.raises(BundleError, match=r"must be in \(0, 1\)"):
+        conformal_threshold(torch.rand(5), rate, "patches")

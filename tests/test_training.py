@@ -1,0 +1,156 @@
+"""What training adds to MONAI's engine: corrupted inputs, schedule, moving average, early stop."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from bundle.errors import BundleError
+from bundle.training import (
+    MovingAverage,
+    NoisyFeatures,
+    TrainingState,
+    learning_rate_schedule,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(4, 152, 4, 4)
+
+
+def test_noise_is_on_the_input_in_the_wanted_share_of_batches_and_never_on_the_target(detector, batch):
+    prepare = NoisyFeatures(detector, probability=0.3, scale=0.1)
+    noisy = 0
+    for _ in range(300):
+        features, target = prepare(batch, torch.device("cpu"))
+        torch.testing.assert_close(target, batch)
+        noisy += not torch.equal(features, target)
+    assert 60 < noisy < 120
+
+
+def test_noise_is_in_proportion_to_the_deviation_of_a_channel(detector, batch):
+    batch = batch * torch.linspace(1, 10, 152).view(1, -1, 1, 1)
+    features, target = NoisyFeatures(detector, probability=1.0, scale=0.1)(batch, torch.device("cpu"))
+    ratio = (features - target).std(dim=(0, 2, 3)) / target.std(dim=(2, 3)).mean(dim=0)
+    assert float(ratio.mean()) == pytest.approx(0.1, rel=0.1)
+    assert float(ratio.std()) < 0.03
+
+
+def test_dropped_patches_lose_all_channels_of_the_input(detector, batch):
+    features, target = NoisyFeatures(detector, 0.0, dropout=0.5)(batch.expand(40, 4, 152, 4, 4).flatten(0, 1), "cpu")
+    dropped = (features == 0).all(dim=1)
+    assert torch.equal(dropped, (features == 0).any(dim=1))
+    assert float(dropped.float().mean()) == pytest.approx(0.5, abs=0.06)
+    assert not (target == 0).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"), [({"probability": 2}, "noise_prob"), ({"dropout": 1.0}, "context_drop")]
+)
+def test_refuses_shares_out_of_range(detector, arguments, name):
+    with pytest.raises(BundleError, match=name):
+        NoisyFeatures(detector, **arguments)
+
+
+def rates(name, steps=100):
+    optimizer = torch.optim.AdamW(nn.Linear(1, 1).parameters(), lr=0.01)
+    schedule = learning_rate_schedule(optimizer, name, steps)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_the_cosine_schedule_warms_up_and_falls_to_zero():
+    found = rates("cosine")
+    assert found[0] == pytest.approx(0.001)
+    assert max(found) == pytest.approx(0.01) and found.index(max(found)) == 10
+    assert found[10:] == sorted(found[10:], reverse=True)
+    assert found[-1] < 1e-5
+
+
+def test_the_constant_schedule_is_constant():
+    assert set(rates("constant")) == {0.01}
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(BundleError, match="did you mean 'cosine'"):
+        rates("cosinus")
+
+
+def averaged(momentum, steps):
+    """Weights of a model that goes 1, 2, 3, ..., and their average."""
+    model = nn.Linear(1, 1, bias=False)
+    average = MovingAverage(model, momentum)
+    engine = Engine(lambda *_: nn.init.constant_(model.weight, engine.state.iteration))
+    average.attach(engine)
+    engine.run(range(steps))
+    return float(average.ema_model.weight)
+
+
+def test_the_moving_average_lags_behind_and_does_not_remember_the_start():
+    assert averaged(1.0, 500) == 500
+    assert averaged(0.01, 2000) == pytest.approx(2000 - 99, abs=2)  # a mean age of 1 / momentum - 1
+    assert 5 < averaged(0.01, 10) < 10
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1.5])
+def test_a_momentum_out_of_range_is_refused(momentum):
+    with pytest.raises(BundleError, match="ema_momentum"):
+        MovingAverage(nn.Linear(1, 1), momentum)
+
+
+def trained_epochs(detector, path, losses, patience):
+    """How many epochs a training takes whose healthy validation losses are ``losses``."""
+    optimizer = torch.optim.AdamW(detector.density.parameters())
+    validator = SimpleNamespace(state=SimpleNamespace(metrics={}))
+    average = MovingAverage(detector.density, 1.0)
+    engine = Engine(lambda *_: None)
+    engine.network = detector.density
+
+    @engine.on(Events.EPOCH_COMPLETED)
+    def validate():
+        validator.state.metrics = {"healthy_validation_loss": losses[engine.state.epoch - 1]}
+        nn.init.constant_(detector.density.contexts[0].predict.bias, engine.state.epoch)
+        average.ema_model.load_state_dict(detector.density.state_dict())
+
+    schedule = learning_rate_schedule(optimizer, "constant", 1)
+    TrainingState(path, detector, optimizer, schedule, average, validator, {}, patience).attach(engine)
+    engine.run([0], max_epochs=len(losses))
+    return engine.state.epoch, float(detector.density.contexts[0].predict.bias[0])
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(0, 7), (2, 5), (5, 7)])
+def test_training_ends_when_the_loss_has_not_fallen_for_so_many_epochs_and_keeps_the_best(
+    detector, tmp_path, patience, epochs
+):
+    losses = [5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 3.4]
+    assert trained_epochs(detector, tmp_path / "state.pt", losses, patience) == (epochs, 3.0)
+
+
+def test_a_loss_that_is_no_number_ends_training_with_the_remedy(detector, tmp_path):
+    with pytest.raises(BundleError, match="lower learning_rate"):
+        trained_epochs(detector, tmp_path / "state.pt", [1.0, float("nan")], 0)
+
+
+def test_a_checkpoint_takes_16_bits_a_weight_and_gives_the_same_scores(detector, batch, tmp_path):
+    detector.fit_before_training([batch], [batch])
+    nn.init.normal_(detector.density.contexts[0].predict.weight, std=0.1)
+    state = TrainingState(tmp_path / "state.pt", detector, None, None, None, None, {})
+    state.best_density = detector.density.state_dict()
+    state.take_best()  # rounds, before anything is fitted to what the prediction leaves
+    detector.fit_after_training([batch])
+    detector.calibrate([batch])
+    before = detector.score_patches(batch)
+    save_checkpoint(detector, tmp_path / "model.pt")
+    stored = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert {stored[key].dtype for key in stored if key.startswith("density.contexts")} == {torch.float16}
+    load_checkpoint(detector, tmp_path / "model.pt")
+    assert torch.equal(detector.score_patches(batch), before)
