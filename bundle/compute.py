@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,6 +75,11 @@ class Compute:
     def autocast(self) -> Any:
         """The context in which networks run in this precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What ``function`` gives of ``arguments``, with networks in this precision: fits meet what inference meets."""
+        with self.autocast():
+            return function(*arguments)
 
     def training_autocast(self) -> Any:
         """The context of training: bf16 where that is fast, since fp16 would need its loss scaled; else fp32."""

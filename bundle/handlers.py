@@ -10,6 +10,11 @@ from ignite.handlers import ProgressBar
 from tqdm import tqdm
 
 
+def shared(handler: Any) -> Any:
+    """``handler`` itself: in a list of handlers MONAI's checks want an object, not a reference to one with an id."""
+    return handler
+
+
 class Progress:
     """A progress bar over the epochs of a trainer, with its metrics and the time left.
 

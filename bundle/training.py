@@ -23,6 +23,7 @@ from bundle.distributed import check_synchronized
 from bundle.errors import BundleError, check_choice
 from bundle.networks.detector import AnomalyDetector
 
+SCHEDULES = ("cosine", "constant")
 STORED = torch.float16  # of the weights in a checkpoint: half the size, and far more digits than a prediction has
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ class NoisyFeatures:
         detector: standardizes.
         probability: share of the batches with noise, in [0, 1]; 0 for validation.
         scale: deviation of the noise over the deviation of the channel.
-        dropout: share of the patches whose input is the mean of healthy patches instead, in [0, 1).
+        dropout: share of the patches whose input is zero, in [0, 1); for standardized embeddings that is the mean of
+            healthy patches.
 
     Raises:
         BundleError: if a share is out of range.
@@ -77,9 +79,6 @@ class NoisyFeatures:
         return torch.Generator(device).manual_seed(int(torch.randint(2**62, ())) + idist.get_rank())
 
 
-SCHEDULES = ("cosine", "constant")
-
-
 def learning_rate_schedule(optimizer: torch.optim.Optimizer, name: str, steps: int) -> LRScheduler:
     """The learning rate over ``steps`` iterations: ``constant``, or ``cosine`` to zero after a tenth of warm-up.
 
@@ -93,7 +92,7 @@ def learning_rate_schedule(optimizer: torch.optim.Optimizer, name: str, steps: i
 
 
 class MovingAverage(EMAHandler):
-    """Ignite's exponential moving average of a model, over all of a young training at first.
+    """Ignite's exponential moving average of a model, over the last tenth of the training while that is shorter.
 
     Args:
         model: what is averaged.
@@ -167,8 +166,17 @@ class TrainingState:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
         engine.add_event_handler(Events.COMPLETED, self.take_best)
 
+    def _is_over(self, epoch: int) -> bool:
+        return 0 < self.patience <= epoch - self.best_epoch
+
     def take_best(self) -> None:
-        """Give the detector the density of the lowest healthy validation loss, rounded as checkpoints store it."""
+        """Give the detector the density of the lowest healthy validation loss, rounded as checkpoints store it.
+
+        Raises:
+            BundleError: if no epoch was validated.
+        """
+        if not self.best_density:
+            raise BundleError("no epoch was validated, so none is the best: give a val_interval of at most max_epochs")
         rounded = {key: value.to(STORED).to(value.dtype) for key, value in self.best_density.items()}
         self.detector.density.load_state_dict(rounded)
 
@@ -192,7 +200,8 @@ class TrainingState:
             state[key] for key in ("best_density", "best_loss", "best_epoch")
         )
         progress: Any = engine.state
-        progress.epoch = min(state["epoch"], progress.max_epochs)
+        progress.epoch = progress.max_epochs if self._is_over(state["epoch"]) else state["epoch"]
+        progress.epoch = min(progress.epoch, progress.max_epochs)
         progress.iteration = progress.epoch * progress.epoch_length
         self.scheduler.last_epoch = progress.iteration  # its word for steps; the rate follows from it alone
         logger.info(f"resuming after epoch {progress.epoch} from '{self.path}'")
@@ -220,7 +229,7 @@ class TrainingState:
             },
             self.path,
         )
-        if 0 < self.patience <= engine.state.epoch - self.best_epoch:
+        if self._is_over(engine.state.epoch):
             logger.info(f"no better healthy validation loss since epoch {self.best_epoch}: training ends")
             engine.terminate()
 

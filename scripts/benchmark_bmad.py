@@ -21,6 +21,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -269,7 +270,12 @@ def benchmark(given: argparse.Namespace) -> dict[str, Any]:
     methods = chosen("method", given.methods, config["methods"])
     protocols = chosen("protocol", given.protocols, config["protocols"])
     out = given.out.resolve()
-    sets = [read_set(name, folder) for name, folder in find_sets(given.data, config, given.sets).items()]
+    sets = [
+        read_set(name, folder) for root in given.data for name, folder in find_sets(root, config, given.sets).items()
+    ]
+    twice = [name for name, count in Counter(one.name for one in sets).items() if count > 1]
+    if twice:
+        raise BundleError(f"two folders of --data are the set '{twice[0]}': rename one of them")
     plan = [
         (data_set, name, [make_recipe(config, name, data_set, seed, given.knobs) for seed in given.seeds])
         for data_set in sets
@@ -368,7 +374,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder of BMAD's sets, or one folder with train, valid and test")
+    add("--data", nargs="+", type=Path, required=True, help="folders of BMAD's sets, or with train, valid and test")
     add("--out", type=Path, required=True, help="folder of the report and of the cells, which are kept")
     add("--sets", nargs="+", metavar="NAME", help="default: all that are there")
     add("--methods", nargs="+", metavar="NAME", help="default: all of the config")

@@ -257,7 +257,7 @@ class PeerDetector(nn.Module):
         self.arguments = dict(arguments or {})
         self.detector = detector
         try:
-            self.peer: Any = PEERS[peer](_InPrecision(detector.features, compute), **self.arguments)
+            self.peer: Any = PEERS[peer](_InPrecision(detector, compute), **self.arguments)
         except TypeError as error:
             raise BundleError(f"peer_arguments {self.arguments} do not fit {peer}: {error}") from error
         self.register_buffer("threshold", torch.full((), float("inf")))
@@ -315,16 +315,16 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class _InPrecision(nn.Module):
-    """The features in the precision of ``compute``, given in float32."""
+    """The features of ``detector`` in the precision of ``compute``, given in float32."""
 
-    def __init__(self, features: nn.Module, compute: Compute) -> None:
+    def __init__(self, detector: AnomalyDetector, compute: Compute) -> None:
         super().__init__()
-        self.features = features
+        self.detector = detector
         self.compute = compute
 
     def forward(self, images: Tensor) -> Tensor:
         with self.compute.autocast():
-            return self.features(images).float()
+            return self.detector.embed_tiles(images).float()
 
 
 class _Extractor(nn.Module):
@@ -338,7 +338,7 @@ class _Extractor(nn.Module):
     def out_dims(self) -> list[int]:
         """Channels of every layer, as anomalib asks for them."""
         device = next(chain(self.features.parameters(), self.features.buffers())).device
-        return [self.features(torch.zeros(1, 3, 64, 64, device=device)).shape[1]]
+        return [self.features(torch.zeros(1, 3, 192, 192, device=device)).shape[1]]  # of 1 to 4 tiles and more
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {LAYER: self.features(images)}

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from bundle.errors import BundleError
-from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold
+from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold, largest_of_each
 
 
 def residuals(images=60, seed=0, grid=8, channels=5):
@@ -136,6 +136,11 @@ def test_healthy_images_have_mean_0_and_deviation_1():
 
 
 # thresholds
+
+
+def test_a_study_has_the_score_of_its_worst_slice():
+    scores = torch.tensor([1.0, 5.0, 2.0, -3.0, -1.0])
+    assert largest_of_each(scores, [0, 0, 1, 3, 3]).tolist() == [5.0, 2.0, -1.0]
 
 
 @pytest.mark.parametrize(("count", "rate"), [(19, 0.05), (99, 0.01), (30, 0.2)])

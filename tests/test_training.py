@@ -127,6 +127,12 @@ def trained_epochs(detector, path, losses, patience):
     return engine.state.epoch, float(detector.density.contexts[0].predict.bias[0])
 
 
+def test_a_training_that_was_over_when_it_was_interrupted_stays_over(detector, tmp_path):
+    losses = [3.0, 1.0, 2.0, 2.0, 0.5, 0.4]
+    assert trained_epochs(detector, tmp_path / "state.pt", losses, 2) == (4, 2.0)
+    assert trained_epochs(detector, tmp_path / "state.pt", losses, 2)[1] == 2.0
+
+
 @pytest.mark.parametrize(("patience", "epochs"), [(0, 7), (2, 5), (5, 7)])
 def test_training_ends_when_the_loss_has_not_fallen_for_so_many_epochs_and_keeps_the_best(
     detector, tmp_path, patience, epochs

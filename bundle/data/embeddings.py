@@ -18,6 +18,7 @@ from bundle.data.cases import Case
 from bundle.data.store import EmbeddingStore, content_key
 from bundle.data.stream import SliceBatches
 from bundle.distributed import gather, shard
+from bundle.errors import BundleError
 from bundle.networks.detector import AnomalyDetector
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,10 @@ class EmbeddingDataset(Dataset[Tensor]):
         store: keeps the embeddings; its recipe must say what ``transform``, ``detector`` and ``compute`` do.
         batch_size: slices that go through the backbone together.
         num_workers: processes that read cases.
+
+    Attributes:
+        keys: of every case in the store, by its content.
+        cases: of every slice, the position of its case in ``data``.
     """
 
     def __init__(
@@ -53,7 +58,7 @@ class EmbeddingDataset(Dataset[Tensor]):
         self.data = data
         self.transform = transform
         self.store = store
-        keys = [content_key(case["image"]) for case in data]
+        keys = self.keys = [content_key(case["image"]) for case in data]
         store.use(keys)
         absent = {key: case for key, case in zip(keys, data, strict=True) if key not in store}
         missing = gather(list(absent.items()))[0]  # one view of the store, before any process adds to it
@@ -65,6 +70,7 @@ class EmbeddingDataset(Dataset[Tensor]):
         new, kept = len(missing), len(data) - len(missing)
         logger.info(f"embedded {new} images, {kept} were there; {store.describe()}")
         self._places = [(key, index) for key in keys for index in range(store.count(key))]
+        self.cases = [case for case, key in enumerate(keys) for _ in range(store.count(key))]
 
     def _embed(
         self,
@@ -114,7 +120,12 @@ class EmbeddingDataset(Dataset[Tensor]):
             patches: of about as many patches, at equal distances in the set, so that a fit takes bounded time; None:
                 all.
             batch_size: images in a batch.
+
+        Raises:
+            BundleError: if there is no embedding.
         """
+        if not len(self):
+            raise BundleError("no healthy image to learn from or to calibrate on: fill train/good and valid/good")
         each = self[0].shape[-2] * self[0].shape[-1]
         count = len(self) if patches is None else min(len(self), max(1, patches // each))
         return EmbeddingBatches(self, [index * len(self) // count for index in range(count)], batch_size)

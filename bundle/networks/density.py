@@ -25,7 +25,7 @@ from bundle.networks.context import (
     MaskedStack,
     position_code,
 )
-from bundle.networks.gaussian import COVARIANCES, fit_gaussian
+from bundle.networks.gaussian import COVARIANCES, FITTED, fit_gaussian
 from bundle.networks.masked import kernel_taps
 
 MODES = ("guarded", "streams", "causal", "bidirectional", "standard")
@@ -136,7 +136,7 @@ class SpatialARDensity(nn.Module):
         }
         self.in_channels = in_channels
         self.learns_variance = covariance == "diagonal"
-        self.whitens = covariance in ("low_rank", "full")
+        self.whitens = covariance in FITTED
         self.codes_position = position_code
         self.variance_limit = LOG_VARIANCE_LIMIT
         self.flips = ORDERS[orders]
@@ -202,17 +202,26 @@ class SpatialARDensity(nn.Module):
 
         For the isotropic covariance it is the mean squared error of the paper.
         """
-        residual = self._residual(prediction, features)
-        if self.whitens:
-            residual = F.conv2d(residual, self.whitening[:, :, None, None])
-        loss = residual.square().mean()
-        return loss + self._log_variance(prediction).mean() if self.learns_variance else loss
+        return self._surprise(prediction, features).mean()
+
+    @torch.jit.ignore
+    def log_likelihood(self, prediction: Tensor, features: Tensor) -> Tensor:
+        """The log-likelihood of every patch given its context, in nats, normalized, [B, h, w]."""
+        constant = self.in_channels * math.log(2 * math.pi) + self.log_determinant
+        return -0.5 * (self._surprise(prediction, features).sum(dim=1) + constant)
 
     @torch.jit.ignore
     def negative_log_likelihood(self, prediction: Tensor, features: Tensor) -> Tensor:
-        """The same in nats per patch, normalized, so that it can be compared between images and settings; a scalar."""
-        constant = self.in_channels * math.log(2 * math.pi) + self.log_determinant
-        return 0.5 * (self.in_channels * self.loss(prediction, features) + constant)
+        """Its negative mean, in nats per patch: comparable between images, and between settings on equal features."""
+        return -self.log_likelihood(prediction, features).mean()
+
+    def _surprise(self, prediction: Tensor, features: Tensor) -> Tensor:
+        """Squares of the whitened residual, plus the logarithms of learned variances, [B, C, h, w]."""
+        residual = self._residual(prediction, features)
+        if self.whitens:
+            residual = F.conv2d(residual - self.residual_mean[:, None, None], self.whitening[:, :, None, None])
+        square = residual.square()
+        return square + self._log_variance(prediction) if self.learns_variance else square
 
     @torch.jit.ignore
     @torch.no_grad()

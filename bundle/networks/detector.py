@@ -16,7 +16,7 @@ from bundle.errors import BundleError
 from bundle.networks.density import SpatialARDensity, squared_error
 from bundle.networks.features import FeatureNetwork
 from bundle.networks.gaussian import moments
-from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold
+from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold, largest_of_each
 
 
 class Detection(NamedTuple):
@@ -52,7 +52,7 @@ class AnomalyDetector(nn.Module):
     A map is in standard deviations above the mean of healthy patches ('z'), those at the same position where
     ``per_position`` says so: 3 means three standard deviations more surprising than healthy tissue there. An image
     score is in deviations above the mean of healthy images. ``raw=True`` gives the squared error of the paper. Before
-    :meth:`fit` and :meth:`calibrate` thresholds are infinite.
+    :meth:`calibrate` thresholds are infinite.
 
     What decides an output travels in the state dict: density, standardization, scores, thresholds and ``identity``
     (backbone, hash of its weights, preprocessing, settings of density and scores). The weights of the backbone do not.
@@ -245,26 +245,28 @@ class AnomalyDetector(nn.Module):
     def calibrate(
         self,
         validation: Iterable[Tensor],
+        cases: Sequence[int] | None = None,
         false_positive_rate: float = 0.01,
         image_false_positive_rate: float = 0.05,
     ) -> None:
-        """Set scales and thresholds from healthy validation embeddings, which nothing else was fitted to.
+        """Set scales and thresholds from healthy validation embeddings, which no score was fitted to.
 
         Args:
             validation: batches of [B, C, h, w], iterated more than once.
+            cases: to which case each slice belongs, as numbers from 0; a volume's score is that of its worst slice.
+                None: each is a case of its own.
             false_positive_rate: the largest share of healthy patches above ``threshold``, in (0, 1).
-            image_false_positive_rate: the same of healthy images above ``image_threshold``.
+            image_false_positive_rate: the same of healthy cases above ``image_threshold``.
 
         Raises:
-            BundleError: if a rate is not in (0, 1), or there is no image.
+            BundleError: if a rate is not in (0, 1).
         """
         residuals = _Mapped(self.density.residual, self._standardized(validation))
-        if next(iter(residuals), None) is None:
-            raise BundleError("no healthy validation image to calibrate on: add some to the valid/good folder")
         patch_maps = self.patch_score.calibrate(residuals)
         image_scores = self.image_score.calibrate(patch_maps)
         self.threshold.fill_(conformal_threshold(patch_maps, false_positive_rate, "patches"))
-        self.image_threshold.fill_(conformal_threshold(image_scores, image_false_positive_rate, "images"))
+        case_scores = image_scores if cases is None else largest_of_each(image_scores, cases)
+        self.image_threshold.fill_(conformal_threshold(case_scores, image_false_positive_rate, "images"))
 
     def _standardized(self, batches: Iterable[Tensor]) -> Iterable[Tensor]:
         return _Mapped(lambda batch: self.standardize(batch.to(self.feature_mean.device)), batches)

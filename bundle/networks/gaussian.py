@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-COVARIANCES = ("isotropic", "diagonal", "low_rank", "full")
+FITTED = ("low_rank", "full")
+COVARIANCES = ("isotropic", "diagonal", *FITTED)
 
 
 def rows(batch: Tensor) -> Tensor:
@@ -15,8 +16,7 @@ def rows(batch: Tensor) -> Tensor:
 
 def moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean [C] and covariance [C, C] of all patches of ``batches`` [B, C, h, w], without shrinkage."""
-    mean, covariance, _ = _shrunk(batches, shrinkage=0.0)
-    return mean, covariance
+    return _shrunk(batches, shrinkage=0.0)
 
 
 def fit_gaussian(
@@ -36,7 +36,7 @@ def fit_gaussian(
         Mean [C]; whitening [C, C], such that ``whitening @ (patch - mean)`` has unit covariance; and the logarithm of
         the determinant of the covariance.
     """
-    mean, covariance, _ = _shrunk(batches, shrinkage)
+    mean, covariance = _shrunk(batches, shrinkage)
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp_min(1e-6 * values.mean().clamp_min(1e-12))
     if kind == "low_rank" and rank < len(values):
@@ -46,8 +46,8 @@ def fit_gaussian(
     return mean.float(), whitening.float(), values.log().sum().float()
 
 
-def _shrunk(batches: Iterable[Tensor], shrinkage: float | None) -> tuple[Tensor, Tensor, float]:
-    """Mean, shrunk covariance and the shrinkage, from one pass."""
+def _shrunk(batches: Iterable[Tensor], shrinkage: float | None) -> tuple[Tensor, Tensor]:
+    """Mean and shrunk covariance, from one pass."""
     count, shift = 0, torch.zeros(())
     total, square, weighted, lengths, fourth = (torch.zeros(()) for _ in range(5))
     for batch in batches:
@@ -75,4 +75,4 @@ def _shrunk(batches: Iterable[Tensor], shrinkage: float | None) -> tuple[Tensor,
         noise = (fourth / count - covariance.square().sum()) / count
         shrinkage = float((noise / spread).clamp(0, 1))
     shrunk = (1 - shrinkage) * covariance + shrinkage * scale * torch.eye(channels, dtype=covariance.dtype)
-    return shift + center, shrunk, shrinkage
+    return shift + center, shrunk

@@ -6,14 +6,14 @@ patches at the same position [B, h, w] -> one score an image [B]
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bundle.errors import BundleError, check_choice
-from bundle.networks.gaussian import fit_gaussian
+from bundle.networks.gaussian import FITTED, fit_gaussian
 
 SCALES = ("log_radius", "squared_error")
 IMAGE_SCORES = ("adjusted", "top_patches")
@@ -69,7 +69,7 @@ class PatchScore(nn.Module):
             raise BundleError(f"residual_pooling is {pooling}: give 0 for none, or a number of patches such as 1.0")
         self.takes_logarithm = scale == "log_radius"
         self.per_position = per_position
-        self.whitens = covariance in ("low_rank", "full")
+        self.whitens = covariance in FITTED
         self.covariance, self.rank, self.shrinkage = covariance, rank, shrinkage
         self.reach = math.ceil(2 * pooling)
         distance = torch.arange(-self.reach, self.reach + 1) / max(pooling, 1e-6)
@@ -215,6 +215,13 @@ class ImageScore(nn.Module):
         if len(scores) > 1:
             self.healthy_std.copy_(scores.std().clamp_min(1e-12))
         return (scores - scores.mean()) / self.healthy_std.double().cpu()
+
+
+def largest_of_each(scores: Tensor, cases: Sequence[int]) -> Tensor:
+    """The largest of the ``scores`` [slices] of each case, as a study is scored by its worst slice."""
+    groups = torch.as_tensor(cases, device=scores.device)
+    found = scores.new_full((int(groups.max()) + 1,), -torch.inf).scatter_reduce(0, groups, scores, "amax")
+    return found[torch.isfinite(found)]
 
 
 def conformal_threshold(healthy: Tensor, false_positive_rate: float, what: str) -> float:
