@@ -223,15 +223,15 @@ def test_what_is_misspelt_is_refused_with_the_closest_name(tmp_path, words, mess
         benchmark(arguments(tiny_set(tmp_path / "set"), tmp_path / "out", *words))
 
 
-def test_the_paper_is_its_overlay_on_dinov3_and_knobs_on_efficientnet(tmp_path):
+def test_the_paper_is_its_overlay_and_smaller_on_efficientnet(tmp_path):
     data_set = read_set("RESC", tiny_set(tmp_path / "RESC"))
     dinov3 = {"backbone": "dinov3_vits16", "weights": "random"}
     paper = make_recipe(CONFIG, "paper, dilated", data_set, 0, dinov3)
     assert paper["configs"] == ["configs/paper.json"]
     assert paper["knobs"] == {**dinov3, "dilations": [4] * 5}
     small = make_recipe(CONFIG, "paper, dilated", data_set, 0, {"backbone": "efficientnet_lite0"})
-    assert small["configs"] == []
-    assert (small["knobs"]["hidden_channels"], small["knobs"]["standardize"]) == (128, False)
+    assert small["configs"] == ["configs/paper.json"]
+    assert (small["knobs"]["hidden_channels"], small["knobs"]["image_size"]) == (128, 320)
 
 
 def test_knobs_of_the_user_win_over_those_of_the_set_and_these_over_the_method(tmp_path):

@@ -15,13 +15,13 @@ TINY_VIT = {"depth": 3, "embed_dim": 64, "num_heads": 2}
 
 
 def trained_detector(backbone="dinov3_vits16"):
-    """A detector that has learned a little, on smooth images: what it predicts well is hard to keep."""
+    """A detector that has learned a little, on smooth images with noise."""
     torch.manual_seed(0)
     vit = backbone.startswith("dinov3_vit")
     features = FeatureNetwork(backbone, "random" if vit else None, timm_kwargs=TINY_VIT if vit else None)
     detector = small_detector(features, 96, hidden_channels=16)
     with torch.no_grad():
-        embeddings = detector.embed(images(8))
+        embeddings = detector.embed(images(64))
     values = embeddings.transpose(0, 1).flatten(1)
     detector.set_standardization(values.mean(1), values.std(1))
     target = detector.standardize(embeddings)
@@ -39,7 +39,8 @@ def trained_detector(backbone="dinov3_vits16"):
 def images(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 1, 6, 6, generator=generator)
-    return torch.nn.functional.interpolate(coarse, (96, 96), mode="bicubic").clamp(0, 1)
+    smooth = torch.nn.functional.interpolate(coarse, (96, 96), mode="bicubic")
+    return (smooth + 0.1 * torch.randn(smooth.shape, generator=generator)).clamp(0, 1)
 
 
 def found(precision):
