@@ -200,8 +200,9 @@ class TrainingState:
             state[key] for key in ("best_density", "best_loss", "best_epoch")
         )
         progress: Any = engine.state
-        progress.epoch = progress.max_epochs if self._is_over(state["epoch"]) else state["epoch"]
-        progress.epoch = min(progress.epoch, progress.max_epochs)
+        progress.epoch = (
+            progress.max_epochs if self._is_over(state["epoch"]) else min(state["epoch"], progress.max_epochs)
+        )
         progress.iteration = progress.epoch * progress.epoch_length
         self.scheduler.last_epoch = progress.iteration  # its word for steps; the rate follows from it alone
         logger.info(f"resuming after epoch {progress.epoch} from '{self.path}'")

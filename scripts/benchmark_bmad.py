@@ -45,6 +45,7 @@ from scripts.benchmark_report import write_report
 from scripts.benchmark_speed import PACKAGES, installed, processor
 
 DEPTH = 4  # folders below --data in which a set may lie; BMAD's archives unpack to Liver/Train/hist_DIY and the like
+PATHS = ("folder", "command", "data")  # of a cell, on this machine: no part of a report
 
 
 @dataclass(frozen=True)
@@ -300,6 +301,9 @@ def benchmark(given: argparse.Namespace) -> dict[str, Any]:
             results[data_set.name]["times"] = run_times(folder, first, data_set, given) if first else None
         except BundleError as error:
             failed[f"{data_set.name}, milliseconds per image"] = str(error)
+    for cell in (cell for one in results.values() for cells in one["cells"].values() for cell in cells):
+        for name in PATHS:
+            del cell[name]
     return {
         "command": f"python -m scripts.benchmark_bmad {shlex.join(sys.argv[1:])}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

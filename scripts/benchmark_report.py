@@ -259,7 +259,8 @@ def color_of(method: str, results: dict[str, Any]) -> str:
 
 def picture_words(results: dict[str, Any], protocol: str) -> str:
     """Protocol, backbone, machine and, where it is so, SYNTHETIC."""
-    made = "SYNTHETIC data. " if any(one["synthetic"] for one in results["sets"].values()) else ""
+    synthetic = [one["synthetic"] for one in results["sets"].values()]
+    made = "SYNTHETIC data. " if all(synthetic) else "SYNTHETIC data where a panel says so. " if any(synthetic) else ""
     backbones = "; ".join(dict.fromkeys(backbone_words(one) for one in results["sets"].values() if one["rows"]))
     accuracy = f"Accuracy at {protocol_words(results['protocols'][protocol])}"
     return textwrap.fill(f"{made}{accuracy}. {backbones}. {results['machine']}".replace("`", ""), 120)

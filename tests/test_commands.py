@@ -309,7 +309,7 @@ def test_inference_writes_map_mask_overlay_and_score_of_every_input(inferred):
             assert (output / f"{name}{suffix}").is_file()
     rows = list(csv.DictReader((output / "scores.csv").open()))
     assert {row["name"] for row in rows} == {"slice", "deep/color", "sixteen", "volume"}
-    assert all(np.isfinite(float(row["score"])) for row in rows)
+    assert all(np.isfinite(float(row[name])) for row in rows for name in ("score", "threshold", "image_threshold"))
 
 
 def test_maps_of_pictures_have_their_rows_and_columns_and_masks_follow_the_threshold(inferred):

@@ -236,10 +236,7 @@ class AnomalyDetector(nn.Module):
         """
         training = self._standardized(training)
         self.density.fit_covariance(training)
-        residuals = _Mapped(self.density.residual, training)
-        self.patch_score.fit(residuals)
-        self.patch_score.calibrate(residuals)
-        self.image_score.fit(torch.cat([self.patch_score(batch) for batch in residuals]))
+        self.image_score.fit(self.patch_score.fit(_Mapped(self.density.residual, training)))
 
     @torch.no_grad()
     def calibrate(

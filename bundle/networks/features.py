@@ -70,7 +70,7 @@ class FeatureNetwork(nn.Module):
         self.weights_origin = source.origin
         self.patch_size = spec.patch
         self.keeps_bf16 = spec.keeps_bf16
-        self.cpu_pixels = CPU_PIXELS
+        self.cpu_pixels = CPU_PIXELS  # 0: any number at once
         self.layers = _checked_layers(
             spec.layers if layers is None else layers, len(spec.strides) or len(network.blocks), source.backbone
         )

@@ -119,11 +119,14 @@ class PatchScore(nn.Module):
 
     @torch.jit.ignore
     @torch.no_grad()
-    def fit(self, residuals: Iterable[Tensor]) -> None:
+    def fit(self, residuals: Iterable[Tensor]) -> Tensor:
         """Fit covariance and moments to the residuals of healthy training images.
 
         Args:
             residuals: batches of [B, C, h, w], iterated twice.
+
+        Returns:
+            Their z-scores, [images, h, w].
         """
         if self.whitens:
             pooled = (self.pool(batch) for batch in residuals)
@@ -131,11 +134,13 @@ class PatchScore(nn.Module):
             self.mean.copy_(mean)
             self.whitening.copy_(whitening)
         surprise = torch.cat([self.surprise(batch).double().cpu() for batch in residuals])
-        mean, variance = surprise.mean(0), surprise.var(0, unbiased=False)
         share = len(surprise) / (len(surprise) + PRIOR_IMAGES) if self.per_position else 0.0
+        mean = share * surprise.mean(0) + (1 - share) * surprise.mean()
         pooled_variance = surprise.var(unbiased=False).clamp_min(1e-12)
-        self.position_mean.copy_(share * mean + (1 - share) * surprise.mean())
-        self.position_std.copy_((share * variance + (1 - share) * pooled_variance).sqrt())
+        deviation = (share * surprise.var(0, unbiased=False) + (1 - share) * pooled_variance).sqrt()
+        self.position_mean.copy_(mean)
+        self.position_std.copy_(deviation)
+        return ((surprise - mean) / deviation).float()
 
     @torch.jit.ignore
     @torch.no_grad()
@@ -153,8 +158,9 @@ class ImageScore(nn.Module):
     """One score of an image from the z-scores of its patches, in deviations above healthy images.
 
     ``adjusted``: the mean of the top 1 % of patches follows noise, contrast and slice position, which move all patches
-    of an image. Median and lower spread (median less tenth percentile) of the same patches tell how much, and no lesion
-    of less than half the image reaches them. What they explain by linear regression over healthy images is taken away.
+    of an image. Median and lower spread (median less tenth percentile) of the same patches tell how much, and a lesion
+    of a small part of the image hardly moves them. What they explain by linear regression over healthy images is taken
+    away.
 
     Args:
         kind: ``adjusted``, or ``top_patches``: the mean of the top 1 % as it is.
