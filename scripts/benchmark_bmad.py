@@ -301,9 +301,8 @@ def benchmark(given: argparse.Namespace) -> dict[str, Any]:
             results[data_set.name]["times"] = run_times(folder, first, data_set, given) if first else None
         except BundleError as error:
             failed[f"{data_set.name}, milliseconds per image"] = str(error)
-    for cell in (cell for one in results.values() for cells in one["cells"].values() for cell in cells):
-        for name in PATHS:
-            del cell[name]
+    for cells in (cells for one in results.values() for cells in one["cells"].values()):
+        cells[:] = [{key: value for key, value in cell.items() if key not in PATHS} for cell in cells]
     return {
         "command": f"python -m scripts.benchmark_bmad {shlex.join(sys.argv[1:])}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -49,5 +49,5 @@ def test_the_map_keeps_affine_and_history(detector):
 
 def test_raw_values_on_request(detector):
     image = torch.rand(1, 1, 64, 64)
-    detector.healthy_mean.fill_(5.0)
+    detector.patch_score.healthy_mean.fill_(5.0)
     torch.testing.assert_close(SliceBatchInferer(raw=True)(image, detector), detector(image, raw=True))

@@ -155,6 +155,20 @@ def test_a_new_healthy_score_exceeds_the_conformal_threshold_no_more_often_than_
     assert share >= rate - 1 / (count + 1) - 0.01
 
 
+def test_a_patch_of_a_new_image_exceeds_the_threshold_by_one_in_images_plus_one_more_at_most():
+    generator = torch.Generator().manual_seed(0)
+    rate, images = 0.05, 9
+    exceeded = []
+    for _ in range(3000):
+        # what an image has of its own moves all of its patches, the worst case for a bound over patches
+        patches = torch.randn(images + 1, 1, generator=generator) + 0.1 * torch.randn(
+            images + 1, 50, generator=generator
+        )
+        exceeded.append((patches[-1] > conformal_threshold(patches[:-1], rate, "patches")).double().mean())
+    share = float(torch.stack(exceeded).mean())
+    assert rate + 0.02 < share <= rate + 1 / (images + 1) + 0.02
+
+
 def test_too_few_images_to_promise_the_rate_are_named(caplog):
     with caplog.at_level(logging.WARNING):
         assert conformal_threshold(torch.tensor([1.0, 3.0, 2.0]), 0.05, "images") == 3.0

@@ -132,7 +132,15 @@ def test_embeddings_are_those_of_the_detector_in_order(detector, files, tmp_path
     for index, image in enumerate(slices):
         expected = detector.embed(image[None])[0]
         torch.testing.assert_close(dataset[index], expected, atol=5e-3, rtol=5e-3)
-    torch.testing.assert_close(torch.cat(list(dataset.batches(2))), torch.stack([dataset[i] for i in range(9)]))
+    batches = list(dataset.batches(batch_size=2))
+    assert [len(batch) for batch in batches] == [2, 2, 2, 2, 1]
+    torch.testing.assert_close(torch.cat(batches), torch.stack([dataset[i] for i in range(9)]))
+
+
+def test_a_bounded_number_of_patches_comes_from_slices_at_equal_distances(detector, files, tmp_path):
+    dataset = cached(detector, files, tmp_path / "cache", decoded(files, []))
+    (batch,) = dataset.batches(patches=3 * 16 + 5)  # 16 patches a slice
+    torch.testing.assert_close(batch, torch.stack([dataset[i] for i in (0, 3, 6)]))
 
 
 def test_nothing_is_read_or_embedded_twice(detector, files, tmp_path):

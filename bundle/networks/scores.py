@@ -237,6 +237,10 @@ def conformal_threshold(healthy: Tensor, false_positive_rate: float, what: str) 
     score and the healthy ones are exchangeable (Vovk et al., *Algorithmic Learning in a Random World*, 2005; split
     conformal prediction). With n < 1 / rate - 1 no threshold has it; then it is the largest score, with a warning.
 
+    Patches of one image are not exchangeable with those of another. If whole images are, of K of them with as many
+    patches each, a random patch of a new image exceeds the threshold with a probability below rate + 1 / (K + 1): the
+    patches of all K + 1 images exceed their own quantile at the rate, and K / (K + 1) of them set this one.
+
     Args:
         healthy: scores of healthy validation data, of any shape.
         false_positive_rate: in (0, 1).
