@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -278,22 +279,30 @@ def benchmark(given: argparse.Namespace) -> dict[str, Any]:
     if twice:
         raise BundleError(f"two folders of --data are the set '{twice[0]}': rename one of them")
     plan = [
-        (data_set, name, [make_recipe(config, name, data_set, seed, given.knobs) for seed in given.seeds])
+        (data_set, make_recipe(config, name, data_set, seed, given.knobs))
         for data_set in sets
         for name in methods
+        for seed in given.seeds
     ]
+
+    def measure(data_set: DataSet, recipe: dict[str, Any]) -> dict[str, Any] | BundleError:
+        folder = out / "cells" / slug(data_set.name) / slug(recipe["method"]) / f"seed-{recipe['seed']}"
+        try:
+            result = run_cell(folder, recipe, protocols, data_set, out / "feature_cache")
+        except BundleError as error:
+            say(f"failed: {error}")
+            return error
+        return {**result, "folder": str(folder)}
+
     failed: dict[str, str] = {}
     results: dict[str, Any] = {one.name: describe_set(one, config) for one in sets}
-    for data_set, method, recipes in plan:
-        for recipe in recipes:
-            folder = out / "cells" / slug(data_set.name) / slug(method) / f"seed-{recipe['seed']}"
-            try:
-                result = run_cell(folder, recipe, protocols, data_set, out / "feature_cache")
-            except BundleError as error:
-                failed[f"{data_set.name}, {method}, seed {recipe['seed']}"] = str(error)
-                say(f"failed: {error}")
-                continue
-            results[data_set.name]["cells"].setdefault(method, []).append({**result, "folder": str(folder)})
+    with ThreadPoolExecutor(given.jobs) as pool:  # each thread waits for a process
+        outcomes = list(pool.map(measure, *zip(*plan, strict=True)))
+    for (data_set, recipe), outcome in zip(plan, outcomes, strict=True):
+        if isinstance(outcome, BundleError):
+            failed[f"{data_set.name}, {recipe['method']}, seed {recipe['seed']}"] = str(outcome)
+        else:
+            results[data_set.name]["cells"].setdefault(recipe["method"], []).append(outcome)
     for data_set in sets:
         first = {name: cells[0] for name, cells in results[data_set.name]["cells"].items()}
         folder = out / "cells" / slug(data_set.name) / "times"
@@ -385,6 +394,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--protocols", nargs="+", default=["native", "paper240"], metavar="NAME", help="default: native paper240")
     add("--knobs", type=knobs_of, default={}, metavar="JSON", help="knobs of the bundle for all methods")
     add("--config", type=Path, default=ROOT / "configs/benchmark.json", help="sets, protocols and methods")
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cells at once, not the timing; with OMP_NUM_THREADS set to fit",
+    )
     add("--batch_size", type=int, default=8, metavar="N", help="images that are timed together; default: 8")
     add("--repeats", type=int, default=5, metavar="N", help="rounds of timing; default: 5")
     add("--timed_images", type=int, default=32, metavar="N", help="test images that are timed; default: 32")
@@ -395,7 +411,7 @@ def main() -> None:
     """Run the benchmark and print its tables."""
     given = make_parser().parse_args()
     try:
-        for name in ("batch_size", "repeats", "timed_images"):
+        for name in ("jobs", "batch_size", "repeats", "timed_images"):
             if getattr(given, name) < 1:
                 raise BundleError(f"--{name} must be at least 1, got {getattr(given, name)}")
         results = benchmark(given)

@@ -6,6 +6,7 @@ Needs the extra dependency anomalib.
 import json
 import os
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -305,3 +306,18 @@ def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
     results = benchmark(arguments(data, tmp_path / "out", *words))
     assert results["failed"] == {"set, ours, seed 0": "out of memory"}
     assert len(results["sets"]["set"]["cells"]["ours"]) == 1
+
+
+def test_several_cells_run_at_once_and_come_back_in_order(tmp_path, monkeypatch):
+    both_run = Barrier(2)
+
+    def together(folder, recipe, *_):
+        both_run.wait(timeout=30)
+        return {**cell("ours", recipe["seed"]), "recipe": recipe}
+
+    monkeypatch.setattr("scripts.benchmark_bmad.run_cell", together)
+    monkeypatch.setattr("scripts.benchmark_bmad.run_times", lambda *_: None)
+    data = tiny_set(tmp_path / "set")
+    words = ["--methods", "ours", "--seeds", "2", "0", "1", "3", "--protocols", "native", "--jobs", "2"]
+    results = benchmark(arguments(data, tmp_path / "out", *words))
+    assert [one["recipe"]["seed"] for one in results["sets"]["set"]["cells"]["ours"]] == [2, 0, 1, 3]
