@@ -3,9 +3,10 @@
     python -m scripts.benchmark_bmad --data BMAD --out RESULTS
 
 ``configs/benchmark.json`` says what is compared: sets, protocols and methods, each of which is a list of config files
-and knobs of the bundle; peers too, by ``scripts/peers.json``. A cell is a method on a set with a seed. Each runs the
-bundle's own commands in processes of their own (:mod:`scripts.benchmark_cells`), and is not run again while its knobs,
-the code, the weights and the data are the same: an interrupted run goes on by the same command.
+and knobs of the bundle; peers too, by ``scripts/peers.json``. ``seeds`` of a method is how many of those that are asked
+for it gets, all without it: for one with no chance in it, or a slow one. A cell is a method on a set with a seed. Each
+runs the bundle's own commands in processes of their own (:mod:`scripts.benchmark_cells`), and is not run again while
+its knobs, the code, the weights and the data are the same: an interrupted run goes on by the same command.
 
 Source of the sets: Bao et al., 'BMAD: Benchmarks for Medical Anomaly Detection', arXiv 2306.11876.
 """
@@ -281,8 +282,8 @@ def benchmark(given: argparse.Namespace) -> dict[str, Any]:
     plan = [
         (data_set, make_recipe(config, name, data_set, seed, given.knobs))
         for data_set in sets
-        for name in methods
-        for seed in given.seeds
+        for name, method in methods.items()
+        for seed in given.seeds[: method.get("seeds")]
     ]
 
     def measure(data_set: DataSet, recipe: dict[str, Any]) -> dict[str, Any] | BundleError:

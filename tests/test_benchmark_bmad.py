@@ -308,6 +308,20 @@ def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
     assert len(results["sets"]["set"]["cells"]["ours"]) == 1
 
 
+def test_a_method_may_ask_for_fewer_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "scripts.benchmark_bmad.run_cell", lambda folder, recipe, *_: {**cell("", recipe["seed"]), "recipe": recipe}
+    )
+    monkeypatch.setattr("scripts.benchmark_bmad.run_times", lambda *_: None)
+    data = tiny_set(tmp_path / "set")
+    words = ["--methods", "ours", "nearest neighbor", "--seeds", "4", "5", "6", "--protocols", "native"]
+    cells = benchmark(arguments(data, tmp_path / "out", *words))["sets"]["set"]["cells"]
+    assert {name: [one["recipe"]["seed"] for one in found] for name, found in cells.items()} == {
+        "ours": [4, 5, 6],
+        "nearest neighbor": [4],
+    }
+
+
 def test_several_cells_run_at_once_and_come_back_in_order(tmp_path, monkeypatch):
     both_run = Barrier(2)
 
