@@ -197,8 +197,8 @@ def legend(results: dict[str, Any]) -> list[str]:
     lines = [
         "## What was measured",
         "",
-        "- Accuracy in %, mean ± deviation over the seeds where there are several; all test pixels pooled; AUPRO up to a "
-        "false positive rate of 0.3; '-': not defined, as pixel metrics without masks.",
+        "- Accuracy in %, mean ± deviation over the seeds where there are several; all test pixels pooled; AUPRO up to "
+        "a false positive rate of 0.3; '-': not defined, as pixel metrics without masks.",
         f"- ms per image: {timed}.",
         "- peak memory: the most that the process which fits and scores under the first protocol holds resident, "
         "imports included. The feature cache counts while its files are mapped; it is shared, so that densities which "
