@@ -161,7 +161,12 @@ def test_a_second_training_gives_the_same_numbers(trained, cohort, tmp_path):
 def test_an_interrupted_training_goes_on_and_ends_as_if_it_had_not_been(trained, cohort, tmp_path):
     arguments = {"dataset_dir": cohort / "slices", "output_dir": tmp_path, "tracking_uri": "off", **QUICK}
     process = subprocess.Popen(
-        command("training", TRAIN, **arguments), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+        command("training", TRAIN, **arguments),
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
     )
     deadline = time.time() + 300
     while not (tmp_path / "training_state.pt").exists() and time.time() < deadline:
