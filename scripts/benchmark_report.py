@@ -292,7 +292,7 @@ def draw_bars(results: dict[str, Any]) -> Figure:
             for bar, row in zip(panel.patches, rows, strict=True):
                 bar.set_color(color_of(row["method"], results))
             panel.set_yticks(range(len(rows)), [row["method"] if panel is line[0] else "" for row in rows])
-            panel.invert_yaxis()
+            panel.set_ylim(len(rows) - 0.4, -0.6)
             panel.spines[["top", "right"]].set_visible(False)
         line[0].set_title(set_words(name, data_set), loc="left", fontsize=11, fontweight="bold")
     figure.suptitle(picture_words(results, protocol), fontsize=9)
@@ -384,7 +384,7 @@ def make_room(panel: Axes, x: list[float], y: list[float]) -> None:
 
 
 def label_points(figure: Figure, panel: Axes, points: list[tuple[float, float, str, str]]) -> None:
-    """Write the name beside each point, where it covers no other name and no point if there is such a place."""
+    """Write the name beside each point where it covers no other and no point, and nowhere if there is no such place."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in panel.transData.transform([one[:2] for one in points])]
     inside = panel.get_window_extent(renderer)
@@ -395,8 +395,7 @@ def label_points(figure: Figure, panel: Axes, points: list[tuple[float, float, s
             )
             box = text.get_window_extent(renderer)
             if inside.contains(*box.min) and inside.contains(*box.max) and not box.count_overlaps(taken):
+                text.set_in_layout(False)
+                taken.append(box)
                 break
-            if (offset, horizontal, vertical) != PLACES[-1]:
-                text.remove()
-        text.set_in_layout(False)
-        taken.append(box)
+            text.remove()

@@ -10,6 +10,8 @@ from threading import Barrier
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 from bundle.errors import BundleError
@@ -25,7 +27,7 @@ from scripts.benchmark_bmad import (
     set_folders,
 )
 from scripts.benchmark_cells import last_words, measured
-from scripts.benchmark_report import summarize, write_report
+from scripts.benchmark_report import label_points, summarize, write_report
 
 ROOT = Path(__file__).parents[1]
 CONFIG = load_config(ROOT / "configs/benchmark.json")
@@ -283,6 +285,19 @@ def test_a_set_with_image_labels_only_has_dashes_for_pixels(tmp_path):
     assert "Beside the published numbers" not in page
     assert "- Chest, PatchCore, seed 0: no weights" in page
     assert (tmp_path / "benchmark_bars.png").is_file()
+
+
+def test_a_point_in_a_crowd_has_no_name_rather_than_one_that_covers_others():
+    figure = Figure(figsize=(5, 4))
+    panel = figure.subplots()
+    panel.set(xlim=(0, 10), ylim=(0, 10))
+    figure.draw_without_rendering()
+    crowd = [(2 + index / 100, 5.0, f"one of many {index}", "black") for index in range(30)]
+    label_points(figure, panel, [*crowd, (7.0, 2.0, "alone", "black")])
+    boxes = [text.get_window_extent(FigureCanvasAgg(figure).get_renderer()) for text in panel.texts]
+    assert "alone" in [text.get_text() for text in panel.texts]
+    assert 1 < len(boxes) < 31
+    assert not any(one.overlaps(other) for index, one in enumerate(boxes) for other in boxes[:index])
 
 
 def test_a_failing_command_says_why(tmp_path):
