@@ -92,6 +92,10 @@ class EvaluationReport:
         model = model_words(self.detector.describe())
         title = f"{model}\n{self.data_words}"
         threshold = float(self.detector.threshold)
+        protocol = self.protocol | {
+            f"threshold_{name}": _finite(float(getattr(self.detector, name)))
+            for name in ("false_positive_rate", "image_false_positive_rate")
+        }
         report = {
             **metrics,
             "threshold": threshold,
@@ -100,7 +104,7 @@ class EvaluationReport:
                 "healthy": sum(not row["label"] for row in self.rows),
                 "anomalous": sum(row["label"] for row in self.rows),
             },
-            "protocol": self.protocol,
+            "protocol": protocol,
             "model": model,
             "data": self.data_words,
             "identity": self.detector.describe(),
@@ -108,7 +112,7 @@ class EvaluationReport:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         rows = [{**row, "model": model, "data": self.data_words} for row in self.rows]
         write_csv(self.output_dir / "test_scores.csv", rows, ["name", "label", "score", "model", "data"])
-        row = {**metrics, "threshold": threshold, **self.protocol, "model": model, "data": self.data_words}
+        row = {**metrics, "threshold": threshold, **protocol, "model": model, "data": self.data_words}
         write_csv(self.output_dir / "metrics.csv", [row], list(row))
         figures = {"test_examples.png": gallery(self.examples, threshold, title)} if self.examples else {}
         pooled = self.metric.pooled  # of all processes
@@ -128,7 +132,7 @@ class EvaluationReport:
         numbers = [
             f"{name:<22}{'not defined' if report[name] is None else f'{report[name]:.4f}'}" for name in METRIC_NAMES
         ]
-        protocol = ", ".join(f"{key} {value}" for key, value in report["protocol"].items())
+        protocol = ", ".join(f"{key} {value}" for key, value in report["protocol"].items() if value is not None)
         images = f"{report['images']['healthy']} healthy and {report['images']['anomalous']} anomalous test images"
         lies = f"metrics.json, metrics.csv, test_scores.csv and figures are in {self.output_dir.resolve()}"
         return "\n".join([rule, report["model"], report["data"], images, rule, *numbers, rule, protocol, lies, rule])

@@ -53,7 +53,7 @@ COLUMNS = (
 _OPSET = 18
 _PROTOBUF_LIMIT = 2**31 - 2**24  # bytes of one ONNX file, less 16 MiB for its graph
 _OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
-_THRESHOLDS = ("threshold", "image_threshold")
+_CALIBRATION = ("threshold", "image_threshold", "false_positive_rate", "image_false_positive_rate")
 _SECTION = "framework"  # of rt_info, where OpenVINO keeps the metadata of an ONNX file
 
 
@@ -188,7 +188,7 @@ def _passport(detector: AnomalyDetector) -> dict[str, str]:
     """What decides an output and is no part of the graph."""
     return {
         "identity": json.dumps(detector.describe(), sort_keys=True),
-        **{name: repr(float(getattr(detector, name))) for name in _THRESHOLDS},
+        **{name: repr(float(getattr(detector, name))) for name in _CALIBRATION},
     }
 
 
@@ -239,14 +239,14 @@ class ExportedDetector(nn.Module):
     Args:
         run: gives the outputs of :class:`Detection`, in its order, of images [B, 1 or 3, H, W].
         identity: as :meth:`AnomalyDetector.describe` gives it.
-        thresholds: of patches and of images, scalars of the checkpoint.
+        calibration: thresholds of patches and of images, and the rates that they were wanted for, of the checkpoint.
     """
 
     def __init__(
-        self, run: Callable[[Tensor], Sequence[Tensor]], identity: dict[str, Any], thresholds: Sequence[Tensor]
+        self, run: Callable[[Tensor], Sequence[Tensor]], identity: dict[str, Any], calibration: Sequence[Tensor]
     ) -> None:
         super().__init__()
-        self.threshold, self.image_threshold = thresholds
+        self.threshold, self.image_threshold, self.false_positive_rate, self.image_false_positive_rate = calibration
         self.image_size: list[int] = identity["image_size"]
         self._run = run
         self._identity = identity
@@ -313,7 +313,7 @@ def load_exported(
         ) from error
     identity = detector.describe()
     if preprocessing:
-        stored = {key: identity.get(key) for key in preprocessing}
+        stored = {key: identity[key] for key in preprocessing if key in identity}
         refuse_other(stored | {"backbone": identity["backbone"]}, preprocessing | {"backbone": identity["backbone"]})
     return detector
 
@@ -332,7 +332,7 @@ def _read_torchscript(file: Path, compute: Compute) -> ExportedDetector:
     with _quiet():
         module: Any = torch.jit.load(str(file), map_location=compute.device)
     identity = json.loads(bytes(module.identity.tolist()).decode())
-    return ExportedDetector(module.detect, identity, [getattr(module, name) for name in _THRESHOLDS])
+    return ExportedDetector(module.detect, identity, [getattr(module, name) for name in _CALIBRATION])
 
 
 def _read_onnx(file: Path, compute: Compute) -> ExportedDetector:
@@ -359,7 +359,7 @@ def _read_openvino(file: Path, compute: Compute) -> ExportedDetector:
     model = openvino.Core().read_model(file)
     if not model.has_rt_info([_SECTION, "identity"]):
         raise ValueError("it has no identity")
-    passport = {key: model.get_rt_info([_SECTION, key]).astype(str) for key in ("identity", *_THRESHOLDS)}
+    passport = {key: model.get_rt_info([_SECTION, key]).astype(str) for key in ("identity", *_CALIBRATION)}
     settings = {
         "INFERENCE_PRECISION_HINT": _OPENVINO_PRECISIONS[compute.precision],
         # the hint alone leaves shortcuts open to layers
@@ -378,8 +378,8 @@ def _read_openvino(file: Path, compute: Compute) -> ExportedDetector:
 def _from_passport(passport: dict[str, str], run: Callable[[Tensor], Sequence[Tensor]]) -> ExportedDetector:
     if "identity" not in passport:
         raise ValueError("it has no identity")
-    thresholds = [torch.tensor(float(passport[name])) for name in _THRESHOLDS]
-    return ExportedDetector(run, json.loads(passport["identity"]), thresholds)
+    calibration = [torch.tensor(float(passport[name])) for name in _CALIBRATION]
+    return ExportedDetector(run, json.loads(passport["identity"]), calibration)
 
 
 _READERS = {".ts": _read_torchscript, ".onnx": _read_onnx, ".xml": _read_openvino}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +19,7 @@ from bundle.compute import Compute
 from bundle.data.stream import Slice
 from bundle.errors import BundleError
 from bundle.networks.detector import Detection
+from bundle.transforms.slices import MIN_FOREGROUND, WHOLE, SliceChoice
 
 
 class SliceBatchInferer(Inferer):
@@ -27,23 +29,24 @@ class SliceBatchInferer(Inferer):
         batch_size: slices in one forward pass.
         detailed: return a dictionary with ``map`` as below, ``slice_scores`` [B, slices], ``worst_slice`` [B], the most
             anomalous one, and its ``score`` [B], instead of the map alone.
-        min_foreground: share of pixels above 0 that a slice must have to count as the worst, as in training; where no
-            slice has it, all count.
+        slice_range, min_foreground: which slices count, as in training, see
+            :class:`~bundle.transforms.SliceChoice`; where none does, all count.
         raw: squared errors instead of deviations above healthy patches.
         compute: device and precision; None: where the inputs are, in 32 bits.
     """
 
     def __init__(
         self,
-        batch_size: int = 16,
+        batch_size: int = 8,
         detailed: bool = False,
-        min_foreground: float = 0.0,
+        slice_range: Sequence[float] = WHOLE,
+        min_foreground: float = MIN_FOREGROUND,
         raw: bool = False,
         compute: Compute | None = None,
     ) -> None:
         self.batch_size = batch_size
         self.detailed = detailed
-        self.min_foreground = min_foreground
+        self.choose = SliceChoice(slice_range, min_foreground)
         self.raw = raw
         self.compute = compute
 
@@ -89,14 +92,13 @@ class SliceBatchInferer(Inferer):
             ``map`` [1, H, W, slices], ``slice_scores`` [slices], ``worst_slice`` and ``score``.
         """
         maps = F.interpolate(patch_maps[:, None], stack.shape[1:3], mode="bilinear", align_corners=False)
-        counts = (stack > 0).float().mean(dim=(0, 1, 2)) >= self.min_foreground
-        counts = (counts | ~counts.any()).to(slice_scores.device)
-        worst = slice_scores.masked_fill(~counts, -torch.inf).max(dim=0)
+        counting = self.choose(stack) or range(stack.shape[-1])
+        worst = max(counting, key=slice_scores.tolist().__getitem__)
         return {
             "map": maps.movedim(0, -1),
             "slice_scores": slice_scores,
-            "worst_slice": worst.indices,
-            "score": worst.values,
+            "worst_slice": torch.tensor(worst, device=slice_scores.device),
+            "score": slice_scores[worst],
         }
 
 

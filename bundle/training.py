@@ -24,6 +24,7 @@ from bundle.errors import BundleError, check_choice
 from bundle.networks.detector import AnomalyDetector
 
 SCHEDULES = ("cosine", "constant")
+STATE_FORMAT = 2  # of the file of an interrupted training
 STORED = torch.float16  # of the weights in a checkpoint: half the size, and far more digits than a prediction has
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class TrainingState:
     A handler of the trainer, to be placed after the validation. Each epoch is seeded by its own number, and after each
     one density, its moving average, optimizer, schedule, the best average so far and its healthy validation loss are
     written to ``path``, at once or not at all. A state that was written under other ``settings`` is not used. Training
-    ends when the healthy validation loss has not fallen for ``patience`` epochs.
+    ends with the first validation by which the healthy validation loss has not fallen for ``patience`` epochs.
 
     Args:
         path: the file.
@@ -128,9 +129,13 @@ class TrainingState:
         scheduler: of the optimizer, a step an iteration.
         ema: the moving average of the density, which is validated and kept.
         validator: its only metric is the healthy validation loss.
+        max_epochs, val_interval: of the trainer, in epochs.
         patience: in epochs; 0: train to the last one.
         settings: plain JSON values; what must be equal for a state to be used.
         seed: of the training.
+
+    Raises:
+        BundleError: if no epoch would be validated, or the patience is negative.
     """
 
     def __init__(
@@ -142,9 +147,20 @@ class TrainingState:
         ema: MovingAverage,
         validator: Engine,
         settings: dict[str, Any],
-        patience: int = 0,
+        max_epochs: int = 12,
+        val_interval: int = 1,
+        patience: int = 6,
         seed: int = 0,
     ) -> None:
+        if max_epochs < 1:
+            raise BundleError(f"max_epochs is {max_epochs}: give at least 1, try 12")
+        if not 1 <= val_interval <= max_epochs:
+            raise BundleError(
+                f"val_interval is {val_interval}: give 1 to max_epochs, which is {max_epochs}, since the best epoch is "
+                "kept by healthy validation"
+            )
+        if patience < 0:
+            raise BundleError(f"patience is {patience}: give a number of epochs, or 0 to train to the last one")
         self.path = Path(path)
         self.detector = detector
         self.optimizer = optimizer
@@ -152,9 +168,10 @@ class TrainingState:
         self.ema = ema
         self.validator = validator
         self.patience = patience
-        self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+        written_under = json.dumps([STATE_FORMAT, max_epochs, val_interval, settings], sort_keys=True, default=str)
+        self.fingerprint = hashlib.sha256(written_under.encode()).hexdigest()
         self.seed = seed
-        self.best_loss, self.best_epoch = math.inf, 0
+        self.best_loss, self.best_epoch, self.validated_epoch = math.inf, 0, 0
         self.best_density: dict[str, Tensor] = {}
 
     def attach(self, engine: Engine) -> None:
@@ -166,17 +183,11 @@ class TrainingState:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
         engine.add_event_handler(Events.COMPLETED, self.take_best)
 
-    def _is_over(self, epoch: int) -> bool:
-        return 0 < self.patience <= epoch - self.best_epoch
+    def _is_over(self) -> bool:
+        return 0 < self.patience <= self.validated_epoch - self.best_epoch
 
     def take_best(self) -> None:
-        """Give the detector the density of the lowest healthy validation loss, rounded as checkpoints store it.
-
-        Raises:
-            BundleError: if no epoch was validated.
-        """
-        if not self.best_density:
-            raise BundleError("no epoch was validated, so none is the best: give a val_interval of at most max_epochs")
+        """Give the detector the density of the lowest healthy validation loss, rounded as checkpoints store it."""
         rounded = {key: value.to(STORED).to(value.dtype) for key, value in self.best_density.items()}
         self.detector.density.load_state_dict(rounded)
 
@@ -196,13 +207,11 @@ class TrainingState:
         self.detector.density.load_state_dict(state["density"])
         self.ema.ema_model.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.best_density, self.best_loss, self.best_epoch = (
-            state[key] for key in ("best_density", "best_loss", "best_epoch")
+        self.best_density, self.best_loss, self.best_epoch, self.validated_epoch = (
+            state[key] for key in ("best_density", "best_loss", "best_epoch", "validated_epoch")
         )
         progress: Any = engine.state
-        progress.epoch = (
-            progress.max_epochs if self._is_over(state["epoch"]) else min(state["epoch"], progress.max_epochs)
-        )
+        progress.epoch = progress.max_epochs if self._is_over() else min(state["epoch"], progress.max_epochs)
         progress.iteration = progress.epoch * progress.epoch_length
         self.scheduler.last_epoch = progress.iteration  # its word for steps; the rate follows from it alone
         logger.info(f"resuming after epoch {progress.epoch} from '{self.path}'")
@@ -210,6 +219,7 @@ class TrainingState:
     def save(self, engine: Engine) -> None:
         """Note the best density, write the state, and end a training that does not get better."""
         average = {key: value.detach().clone() for key, value in self.ema.ema_model.state_dict().items()}
+        self.validated_epoch = max(self.validated_epoch, self.validator.state.epoch)
         for loss in map(float, self.validator.state.metrics.values()):
             if not math.isfinite(loss):
                 raise BundleError(
@@ -227,10 +237,11 @@ class TrainingState:
                 "best_density": self.best_density,
                 "best_loss": self.best_loss,
                 "best_epoch": self.best_epoch,
+                "validated_epoch": self.validated_epoch,
             },
             self.path,
         )
-        if self._is_over(engine.state.epoch):
+        if self._is_over():
             logger.info(f"no better healthy validation loss since epoch {self.best_epoch}: training ends")
             engine.terminate()
 

@@ -29,6 +29,7 @@ from bundle.errors import BundleError, check_choice
 from bundle.networks.detector import AnomalyDetector, Detection, refuse_other
 
 SCORE_SETTINGS = {"standardize", "feature_components", "score_scale", "residual_pooling", "per_position", "image_score"}
+CALIBRATION = ("threshold", "false_positive_rate")
 LAYER = "blocks.11"  # what AnomalyDINO calls its features; PatchCore takes any name
 
 
@@ -240,14 +241,17 @@ class PeerDetector(nn.Module):
 
     Attributes:
         threshold: of the map, in units of the peer's distance.
-        image_threshold: infinite, peers have none.
+        false_positive_rate: the share of healthy pixels that was wanted above it.
+        image_threshold, image_false_positive_rate: infinite, and not a number: peers have none.
 
     Raises:
         BundleError: if the peer or an argument of it is unknown, or anomalib is not installed.
     """
 
     threshold: Tensor
+    false_positive_rate: Tensor
     image_threshold: Tensor
+    image_false_positive_rate: Tensor
 
     def __init__(
         self, peer: str, detector: AnomalyDetector, compute: Compute, arguments: Mapping[str, Any] | None = None
@@ -260,8 +264,10 @@ class PeerDetector(nn.Module):
             self.peer: Any = PEERS[peer](_InPrecision(detector, compute), **self.arguments)
         except TypeError as error:
             raise BundleError(f"peer_arguments {self.arguments} do not fit {peer}: {error}") from error
-        self.register_buffer("threshold", torch.full((), float("inf")))
-        self.register_buffer("image_threshold", torch.full((), float("inf")))
+        for name in ("threshold", "image_threshold"):
+            self.register_buffer(name, torch.full((), float("inf")))
+        for name in ("false_positive_rate", "image_false_positive_rate"):
+            self.register_buffer(name, torch.full((), float("nan"), dtype=torch.float64))
 
     def resize(self, image: Tensor) -> Tensor:
         """Bring ``image`` [B, C, H, W] to the size that the backbone sees."""
@@ -278,6 +284,7 @@ class PeerDetector(nn.Module):
         maps = [self.detect(torch.stack([one.image for one in batch])).patch_map for batch in batches]
         values = torch.cat([map_[:, ::stride, ::stride].flatten().cpu() for map_ in maps])
         self.threshold.copy_(values.kthvalue(max(1, round((1 - false_positive_rate) * len(values)))).values)
+        self.false_positive_rate.fill_(false_positive_rate)
 
     def detect(self, image: Tensor, raw: bool = False) -> Detection:
         """Anomaly map, image score and the map at the size that the backbone sees, of ``image`` [B, C, H, W]."""
@@ -296,8 +303,9 @@ class PeerDetector(nn.Module):
         return {key: value for key, value in self.detector.describe().items() if key not in taken} | own
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What is stored, the threshold, and the identity."""
-        return {"identity": self.describe(), "threshold": self.threshold, **self.peer.stored}
+        """What is stored, the threshold with its rate, and the identity."""
+        calibration = {name: getattr(self, name) for name in CALIBRATION}
+        return {"identity": self.describe(), **calibration, **self.peer.stored}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
         """Take the state of an earlier :meth:`fit`.
@@ -306,7 +314,8 @@ class PeerDetector(nn.Module):
             BundleError: if it is of another backbone, preprocessing or peer.
         """
         refuse_other(state_dict["identity"], self.describe())
-        self.threshold.copy_(state_dict["threshold"])
+        for name in CALIBRATION:
+            getattr(self, name).copy_(state_dict[name])
         self.peer.stored = {name: state_dict[name].to(self.threshold.device) for name in self.peer.stored_names}
 
 

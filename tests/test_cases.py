@@ -14,7 +14,7 @@ from pydicom.data import get_testdata_file
 from bundle.data import find_images, find_splits, read_splits, readable
 from bundle.data.store import content_key
 from bundle.errors import BundleError
-from bundle.transforms import LoadCased
+from bundle.transforms import ExtractSlicesd, LoadCased
 
 
 def picture(path: Path, size=(20, 20), value=100):
@@ -86,6 +86,24 @@ def test_a_plain_folder_is_healthy_and_part_of_it_validates(tmp_path):
     assert not names[0] & names[1]
     assert splits == find_splits(tmp_path, seed=1)
     assert splits != find_splits(tmp_path, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("inside", "message"),
+    [
+        ("RESC/test/good/a.png", r"since '.*RESC/test' is in it: give --dataset_dir '.*RESC'$"),
+        ("RESC/Train/good/a.png", r"since '.*RESC/Train' is in it: give --dataset_dir '.*RESC'$"),
+        ("Ungood/img/a.png", r"since '.*Ungood' is in it: give --dataset_dir the folder of healthy ones"),
+        ("site/bad/a.png", r"since '.*site/bad' is in it"),
+    ],
+)
+def test_a_folder_that_hides_test_or_anomalous_images_is_not_taken_for_healthy(tmp_path, inside, message):
+    picture(tmp_path / "good" / "h.png")
+    picture(tmp_path / "good" / "i.png")
+    picture(tmp_path / inside)
+    with pytest.raises(BundleError, match=message):
+        find_splits(tmp_path)
+    assert len(find_images(tmp_path)) == 3  # to infer on, it may be any folder
 
 
 def test_reads_a_monai_datalist(tmp_path):
@@ -218,6 +236,16 @@ def test_healthy_images_that_the_feature_cache_knows_are_not_read_again(tmp_path
     assert "h2" in read
     assert "h1" not in read
     assert {"t1", "t2", "t3"} < set(read)  # test images are always read
+
+
+def test_a_healthy_volume_without_a_slice_to_learn_from_is_skipped_on_request(tmp_path, caplog):
+    for name, value in (("a", 1), ("b", 1), ("empty", 0)):
+        values = np.full((20, 20, 4), value, np.float32)
+        nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    load = LoadCased("image")
+    splits = read_splits(tmp_path, load, Compose([load, ExtractSlicesd("image")]), on_error="skip")
+    assert sorted(case["name"] for split in splits.values() for case in split) == ["a", "b"]
+    assert "'empty' has no slice" in caplog.text
 
 
 def test_a_missing_image_is_named_with_a_feature_cache_too(tmp_path):

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import nibabel as nib
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 from bundle.data import make_sample_cohort
+from scripts.benchmark_image_score import explained
 
 ROOT = Path(__file__).parents[1]
 TRAIN = "configs/train.json"
@@ -213,12 +215,16 @@ sys.addaudithook(note)
     )
     arguments = {"dataset_dir": cohort / "slices", "output_dir": tmp_path / "out", "tracking_uri": "off", **QUICK}
     environment = {"PYTHONPATH": str(tmp_path)}
-    succeed("training", TRAIN, env=environment, **{**arguments, "image_size": 64, "max_epochs": 1})
+    succeed("training", TRAIN, env=environment, **{**arguments, "image_size": 64, "max_epochs": 3})
     opened = [line.split() for line in (tmp_path / "opened").read_text().splitlines()]
-    images = {str(file) for file in (cohort / "slices/test").glob("*/img/*.png")}
-    assert {path for begun, _, path in opened if begun == "False"} >= images  # all can be read, or it would not begin
-    assert not [path for begun, done, path in opened if begun == "True" and done == "False"]
-    assert sorted(path for _, done, path in opened if done == "True" and path in images) == sorted(images)
+    files = [str(file) for file in (cohort / "slices/test").rglob("*.png")]  # images and masks
+    before, during, after = (
+        Counter(path for begun, done, path in opened if (begun, done) == when)
+        for when in (("False", "False"), ("True", "False"), ("True", "True"))
+    )
+    assert before == dict.fromkeys(files, 2)  # to see that all can be read, and for the fingerprint of the data
+    assert not during
+    assert after == dict.fromkeys(files, 1)
 
 
 def test_evaluation_repeats_the_numbers_of_training(trained, cohort, knobs, tmp_path):
@@ -262,7 +268,9 @@ def evaluated(cohort, knobs, tmp_path_factory):
         dataset_dir=cohort / "slices",
         output_dir=folder / "out",
         evaluation_size=64,
+        mask_via=100,
         mask_rule="==255",
+        false_positive_rate=0.5,
         **knobs,
     )
     return folder
@@ -274,6 +282,12 @@ def test_evaluation_follows_the_size_and_mask_rule_of_a_protocol(evaluated, trai
     native = json.loads((trained[0] / "metrics.json").read_text())
     assert report["image_auroc"] == native["image_auroc"]
     assert 0 < abs(report["pixel_auroc"] - native["pixel_auroc"]) < 0.05
+    assert (report["protocol"]["mask_via"], native["protocol"]["mask_via"]) == (100, None)
+
+
+def test_the_false_positive_rate_of_an_evaluation_is_that_of_the_checkpoint(evaluated):
+    protocol = json.loads((evaluated / "out/metrics.json").read_text())["protocol"]
+    assert (protocol["threshold_false_positive_rate"], protocol["threshold_image_false_positive_rate"]) == (0.01, 0.05)
 
 
 def test_mlflow_tracking_uri_of_the_environment_is_respected(evaluated):
@@ -517,3 +531,29 @@ def test_a_missing_checkpoint_is_named(cohort, tmp_path):
         "inferring", INFER, dataset_dir=cohort / "slices/test", output_dir=tmp_path, backbone="efficientnet_lite0"
     )
     assert "no checkpoint at" in error_line(done)
+
+
+def test_the_benchmark_of_the_image_score_compares_both_scores_on_healthy_images(cohort, knobs):
+    given = {name: value for name, value in knobs.items() if name != "checkpoint"}
+    words = ["--checkpoint", knobs["checkpoint"], "--data", cohort / "slices", "--knobs", json.dumps(given)]
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.benchmark_image_score", *map(str, words), "--noise", "0.1"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
+    healthy = len(list((cohort / "slices/test/good/img").glob("*.png")))
+    assert rows[0] == [f"{healthy} healthy test images of slices", "top patches", "adjusted"]
+    assert [row[0].split()[:2] for row in rows[2:]] == [["shift", "by"], ["variance", "that"], ["variance", "that"]]
+    assert float(rows[2][1]) > 1  # the top patches follow the noise
+
+
+def test_the_variance_that_a_parabola_explains():
+    cause = np.linspace(-1, 1, 200)
+    chance = np.random.default_rng(0).normal(size=200)
+    assert explained(3 * cause**2 - cause, cause) == pytest.approx(1)
+    assert abs(explained(chance, cause)) < 0.05
+    assert explained(cause + chance * cause.std() / chance.std(), cause) == pytest.approx(0.5, abs=0.1)

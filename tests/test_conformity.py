@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import small_detector
+from builders import PREPROCESSING, small_detector
 from monai.bundle import ConfigParser, ckpt_export, create_workflow, verify_metadata, verify_net_in_out
 
 from bundle import __version__
@@ -65,7 +65,7 @@ def test_the_network_takes_and_gives_what_metadata_say(config):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_a_checkpoint_exports_to_torchscript(features, tmp_path):
-    detector = small_detector(features, preprocessing={"intensity": "auto", "slice_plane": "axial"})
+    detector = small_detector(features, preprocessing=PREPROCESSING)
     save_checkpoint(detector, tmp_path / "model.pt")
     ckpt_export(
         net_id="network_def",

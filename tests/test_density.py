@@ -138,6 +138,29 @@ def test_bidirectional_with_odd_then_even_dilations_sees_all_neighbors_and_never
     assert len(seen) == 408
 
 
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+@pytest.mark.parametrize("dilations", [[1], [1, 1], [1, 2], [1, 2, 2], [3, 2, 4], [2, 1, 1]])
+def test_bidirectional_says_by_a_warning_whether_it_sees_its_own_target(dilations, kernel_size, caplog):
+    density = paper_density(2, dilations, "bidirectional", kernel_size=kernel_size)
+    leaks = (0, 0) in seen_offsets(density, size=63)
+    assert ("gives no likelihood" in caplog.text) == leaks
+    assert density.likelihood == ("none" if leaks else "pseudo")
+
+
+def test_every_density_is_named_for_the_likelihood_that_it_gives(caplog):
+    assert SpatialARDensity(64).likelihood == SpatialARDensity(64, "streams").likelihood == "pseudo"
+    assert paper_density(3, [4] * 5).describe()["likelihood"] == "joint"
+    assert paper_density(3, [1], orders=2).likelihood == "pseudo"
+    assert "likelihood" not in caplog.text
+    assert paper_density(3, [1], "standard").likelihood == "none"
+
+
+@pytest.mark.parametrize("dilations", [4, [], [1.5], [0]])
+def test_dilations_that_are_no_list_of_whole_numbers_are_refused(dilations):
+    with pytest.raises(BundleError, match=r"dilations is .*: one whole number >= 1 per layer"):
+        SpatialARDensity(64, "causal", dilations=dilations)
+
+
 @pytest.mark.parametrize("dilations", [[1], [1, 1, 2]])
 def test_streams_see_every_direction_and_never_their_own_target(dilations):
     seen = seen_offsets(SpatialARDensity(3, "streams", 4, dilations, kernel_size=3, linear_components=0), size=25)

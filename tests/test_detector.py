@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from builders import small_detector
+from builders import PREPROCESSING, small_detector
 from monai.transforms import NormalizeIntensity, RepeatChannel
 from torch.nn import functional as F
 
@@ -68,6 +68,14 @@ def test_the_wanted_share_of_healthy_patches_exceeds_the_threshold(detector, rat
     assert rate - 2 / len(scores) <= share <= rate
 
 
+def test_the_wanted_rates_are_in_the_checkpoint(features, detector):
+    assert detector.false_positive_rate.isnan() and detector.image_false_positive_rate.isnan()
+    detector.calibrate(healthy_batches(), false_positive_rate=0.02, image_false_positive_rate=0.1)
+    other = small_detector(features)
+    other.load_state_dict(detector.state_dict())
+    assert (float(other.false_positive_rate), float(other.image_false_positive_rate)) == (0.02, 0.1)
+
+
 def test_standardization_gives_every_channel_the_same_scale(detector):
     embeddings = torch.randn(50, 152, 4, 4) * torch.linspace(0.1, 10, 152).view(1, -1, 1, 1) + 3
     moments = embeddings.transpose(0, 1).flatten(1)
@@ -117,12 +125,13 @@ def test_a_checkpoint_restores_maps_and_threshold_and_holds_no_backbone(detector
         ({"image_size": 80}, r"image_size \[64, 64\].*has image_size \[80, 80\]"),
         ({"hidden_channels": 16}, r"hidden_channels 8 .*has hidden_channels 16"),
         ({"mode": "causal"}, r"mode 'guarded' .*has mode 'causal'"),
-        ({"preprocessing": {"intensity": "mr"}}, r"intensity None .*has intensity 'mr'"),
+        ({"preprocessing": {**PREPROCESSING, "intensity": "mr"}}, r"intensity 'auto' .*has intensity 'mr'"),
+        ({"preprocessing": {**PREPROCESSING, "min_foreground": 0.1}}, r"min_foreground 0.05 .*has min_foreground 0.1"),
     ],
 )
-def test_a_checkpoint_of_other_settings_is_refused(detector, features, tmp_path, change, message):
-    save_checkpoint(detector, tmp_path / "model.pt")
-    other = small_detector(features, **change)
+def test_a_checkpoint_of_other_settings_is_refused(features, tmp_path, change, message):
+    save_checkpoint(small_detector(features, preprocessing=PREPROCESSING), tmp_path / "model.pt")
+    other = small_detector(features, **{"preprocessing": PREPROCESSING, **change})
     with pytest.raises(BundleError, match=message):
         load_checkpoint(other, tmp_path / "model.pt")
 
@@ -196,7 +205,30 @@ def test_tiles_of_an_oblong_image_keep_their_places(features):
     assert (changed[2:, 5:] > 1).all() and (changed[:2] < 1e-3).all() and (changed[:, :5] < 1e-3).all()
 
 
-@pytest.mark.parametrize(("size", "tiles", "message"), [(80, 2, "multiples of"), (64, 0, "tiles is 0")])
+def test_pooled_embeddings_are_means_over_near_patches_across_tiles_too(features):
+    image = torch.rand(1, 1, 128, 128)
+    alone, pooled = (small_detector(features, 128, tiles=2, feature_pooling=value).embed(image) for value in (0.0, 0.8))
+    weights = torch.exp(-0.5 * (torch.arange(-2, 3) / 0.8).square())
+    weights = torch.outer(weights, weights) / weights.sum().square()
+    expected = (alone[:, :, 2:7, 1:6] * weights).sum(dim=(2, 3))  # the seam of the tiles is at 4
+    torch.testing.assert_close(pooled[:, :, 4, 3], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_checkpoint_of_another_version_is_refused_with_what_it_lacks(features):
+    old = small_detector(features, preprocessing={"intensity": "auto"}).state_dict()
+    new = small_detector(features, preprocessing={"intensity": "auto", "slice_range": [0, 1]})
+    with pytest.raises(BundleError, match="the checkpoint has no 'slice_range' in its identity, .*: train it anew"):
+        new.load_state_dict(old)
+
+
+def test_a_checkpoint_of_single_embeddings_is_refused_where_they_are_pooled(features):
+    with pytest.raises(BundleError, match="feature_pooling 0.0 .*has feature_pooling 0.8"):
+        small_detector(features, feature_pooling=0.8).load_state_dict(small_detector(features).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("size", "tiles", "message"), [(80, 2, "multiples of"), (64, 0, "tiles is 0"), (64, [1, 2], "tiles is")]
+)
 def test_tiles_off_the_patch_grid_are_refused(features, size, tiles, message):
     with pytest.raises(BundleError, match=message):
         small_detector(features, size, tiles=tiles)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from builders import small_detector
+from builders import PREPROCESSING, small_detector
 from PIL import Image
 from test_commands import EVALUATE, INFER, ROOT, succeed
 from torch.nn import functional as F
@@ -25,7 +25,6 @@ from bundle.training import save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 FORMATS = {"torchscript": "model.ts", "onnx": "model.onnx", "openvino": "model.xml"}
-PREPROCESSING = {"intensity": "auto", "slice_plane": "axial"}
 ALONE = {"OMP_NUM_THREADS": "1"}  # thread pools of three runtimes beside each other slow one another down
 SIZES = [(1, 64, 64), (3, 40, 90), (2, 150, 71)]
 TINY_VIT = {"embed_dim": 64, "depth": 3, "num_heads": 4}

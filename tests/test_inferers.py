@@ -28,6 +28,14 @@ def test_a_slice_with_hardly_any_tissue_is_not_the_worst(detector):
     assert empty["score"] == empty["slice_scores"].max()
 
 
+def test_a_slice_out_of_the_range_of_training_is_not_the_worst(detector):
+    volume = torch.rand(1, 1, 48, 40, 5)
+    found = SliceBatchInferer(detailed=True, slice_range=[0.25, 0.5])(volume, detector)
+    assert found["score"] == found["slice_scores"][0, 1:3].max()
+    assert int(found["worst_slice"]) in (1, 2)
+    assert found["map"].shape == volume.shape  # all slices have a map
+
+
 def test_a_volume_equals_monais_slice_inferer(detector):
     volume = torch.rand(1, 1, 48, 40, 5)
     expected = SliceInferer(roi_size=(48, 40), spatial_dim=2, sw_batch_size=2)(volume, detector)

@@ -107,22 +107,24 @@ def test_a_momentum_out_of_range_is_refused(momentum):
         MovingAverage(nn.Linear(1, 1), momentum)
 
 
-def trained_epochs(detector, path, losses, patience):
-    """How many epochs a training takes whose healthy validation losses are ``losses``."""
+def trained_epochs(detector, path, losses, patience, val_interval=1):
+    """How many epochs a training takes whose healthy validation losses are ``losses``, and which one it keeps."""
     optimizer = torch.optim.AdamW(detector.density.parameters())
-    validator = SimpleNamespace(state=SimpleNamespace(metrics={}))
+    validator = SimpleNamespace(state=SimpleNamespace(metrics={}, epoch=0))
     average = MovingAverage(detector.density, 1.0)
     engine = Engine(lambda *_: None)
     engine.network = detector.density
 
-    @engine.on(Events.EPOCH_COMPLETED)
+    @engine.on(Events.EPOCH_COMPLETED(every=val_interval))
     def validate():
+        validator.state.epoch = engine.state.epoch
         validator.state.metrics = {"healthy_validation_loss": losses[engine.state.epoch - 1]}
         nn.init.constant_(detector.density.contexts[0].predict.bias, engine.state.epoch)
         average.ema_model.load_state_dict(detector.density.state_dict())
 
     schedule = learning_rate_schedule(optimizer, "constant", 1)
-    TrainingState(path, detector, optimizer, schedule, average, validator, {}, patience).attach(engine)
+    epochs = {"max_epochs": len(losses), "val_interval": val_interval, "patience": patience}
+    TrainingState(path, detector, optimizer, schedule, average, validator, {}, **epochs).attach(engine)
     engine.run([0], max_epochs=len(losses))
     return engine.state.epoch, float(detector.density.contexts[0].predict.bias[0])
 
@@ -139,6 +141,29 @@ def test_training_ends_when_the_loss_has_not_fallen_for_so_many_epochs_and_keeps
 ):
     losses = [5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 3.4]
     assert trained_epochs(detector, tmp_path / "state.pt", losses, patience) == (epochs, 3.0)
+
+
+def test_patience_does_not_end_a_training_between_two_validations(detector, tmp_path):
+    assert trained_epochs(detector, tmp_path / "state.pt", [9.0, 8.0, 7.0, 6.0, 5.0, 4.0], 1, val_interval=3) == (
+        6,
+        6.0,
+    )
+    losses = [9.0, 8.0, 1.0, 6.0, 5.0, 2.0, 0.0, 0.0, 0.0]
+    assert trained_epochs(detector, tmp_path / "other.pt", losses, 1, val_interval=3) == (6, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "message"),
+    [
+        ({"val_interval": 0}, r"val_interval is 0: give 1 to max_epochs, which is 12"),
+        ({"val_interval": 13}, r"val_interval is 13: give 1 to max_epochs"),
+        ({"max_epochs": 0}, r"max_epochs is 0: give at least 1"),
+        ({"patience": -1}, r"patience is -1: give a number of epochs"),
+    ],
+)
+def test_epochs_out_of_range_are_refused_before_training(detector, tmp_path, epochs, message):
+    with pytest.raises(BundleError, match=message):
+        TrainingState(tmp_path / "state.pt", detector, None, None, None, None, {}, **epochs)
 
 
 def test_a_loss_that_is_no_number_ends_training_with_the_remedy(detector, tmp_path):

@@ -178,7 +178,7 @@ def test_slices_are_filtered_by_range_and_foreground(tmp_path):
     values[..., :5] = 0
     nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "v.nii.gz")
     case = Compose([LoadCased("image"), OrientSlicesd("image")])({"image": tmp_path / "v.nii.gz", "name": "v"})
-    indices = [s["image"].meta["slice_index"] for s in ExtractSlicesd("image", last=0.5, min_foreground=0.5)(case)]
+    indices = [s["image"].meta["slice_index"] for s in ExtractSlicesd("image", [0, 0.5], 0.5)(case)]
     assert indices == [5, 6, 7, 8]
 
 
@@ -223,7 +223,8 @@ def test_ct_windows_map_their_ends_to_0_and_1(window):
         (lambda: ScaleHounsfieldWindow("ct_bome"), "did you mean 'ct_bone'"),
         (lambda: OrientSlicesd("image", "axail"), "did you mean 'axial'"),
         (lambda: ScaleForegroundPercentiles(90, 10), "lower < upper"),
-        (lambda: ExtractSlicesd("image", first=2), "slice_range"),
+        (lambda: ExtractSlicesd("image", [2, 1]), r"slice_range is \[2, 1\]"),
+        (lambda: ExtractSlicesd("image", [0.5]), r"slice_range is \[0.5\]"),
         (lambda: ExtractSlicesd("image", min_foreground=-1), "min_foreground"),
     ],
 )

@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 def read_splits(
     dataset_dir: str | os.PathLike,
     transform: Callable[[Case], Any],
+    healthy_transform: Callable[[Case], Any] | None = None,
     cohort_dir: str | os.PathLike | None = None,
     on_error: str = "raise",
     seed: int = 0,
@@ -57,6 +58,8 @@ def read_splits(
     Args:
         dataset_dir: see :func:`find_splits`.
         transform: reads a case.
+        healthy_transform: reads a case of the training and validation splits and cuts it into slices, so that one
+            without any is a bad case; None: ``transform``.
         cohort_dir: where the synthetic sample cohort belongs; it is made if ``dataset_dir`` lies in there and is
             missing.
         on_error: ``raise`` or ``skip``.
@@ -81,8 +84,13 @@ def read_splits(
     if list(needed) == ["test"] and not splits["test"]:
         raise BundleError(f"'{path}' has no test images: put them into test/good and test/Ungood")
     known = {id(case) for split in ("training", "validation") for case in splits[split] if _is_in(store, case)}
+    tests = {id(case) for case in splits["test"]}
+
+    def read(case: Case) -> Any:
+        return (transform if healthy_transform is None or id(case) in tests else healthy_transform)(case)
+
     unknown = [case for split in SPLITS for case in splits[split] if id(case) not in known]
-    kept = known | {id(case) for case in readable(unknown, transform, on_error)}
+    kept = known | {id(case) for case in readable(unknown, read, on_error)}
     splits = {split: [case for case in cases if id(case) in kept] for split, cases in splits.items()}
     for split in needed:
         if split != "test" and not splits[split]:
@@ -109,7 +117,8 @@ def find_splits(dataset_dir: str | os.PathLike, seed: int = 0, needed: Sequence[
         be chosen by anomalous ones.
 
     Raises:
-        BundleError: if the folder is missing or empty, a mask is missing, or fewer than two healthy images are found.
+        BundleError: if the folder is missing or empty, a mask is missing, fewer than two healthy images are found, or
+            anomalous or test images lie where only healthy ones are looked for.
     """
     path = Path(dataset_dir)
     if not path.exists():
@@ -121,10 +130,29 @@ def find_splits(dataset_dir: str | os.PathLike, seed: int = 0, needed: Sequence[
     elif any(_subfolder(path, _SPLIT_FOLDERS[split]) for split in ("training", "test")):
         splits = _from_bmad(path)
     else:
+        _check_healthy(path)
         splits = {"training": _unlabeled(path), "validation": [], "test": []}
     if "training" in needed:
         splits |= _healthy(splits, path, seed)
     return {split: splits[split] if split in needed else [] for split in SPLITS}
+
+
+def _check_healthy(root: Path) -> None:
+    """Raise where a folder of healthy images holds, by the names of its folders, others as well."""
+    for directory, subfolders, _ in os.walk(root):
+        names = {name.lower(): name for name in sorted(subfolders)}
+        splits = [names[name] for split in ("training", "test") for name in _SPLIT_FOLDERS[split] if name in names]
+        if splits:
+            raise BundleError(
+                f"'{root}' is no folder of healthy images, since '{Path(directory) / splits[0]}' is in it: give "
+                f"--dataset_dir '{directory}'"
+            )
+        anomalous = [names[name] for name in _CLASS_FOLDERS[1] if name in names]
+        if anomalous:
+            raise BundleError(
+                f"'{root}' is no folder of healthy images, since '{Path(directory) / anomalous[0]}' is in it: give "
+                "--dataset_dir the folder of healthy ones, or one with train and test"
+            )
 
 
 def _healthy(splits: dict[str, list[Case]], path: Path, seed: int) -> dict[str, list[Case]]:

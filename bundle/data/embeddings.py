@@ -52,7 +52,7 @@ class EmbeddingDataset(Dataset[Tensor]):
         detector: AnomalyDetector,
         compute: Compute,
         store: EmbeddingStore,
-        batch_size: int = 16,
+        batch_size: int = 8,
         num_workers: int = 0,
     ) -> None:
         self.data = data
@@ -113,7 +113,7 @@ class EmbeddingDataset(Dataset[Tensor]):
         mean = total / count
         return mean.float(), (square / count - mean.square()).clamp_min(0).sqrt().float()
 
-    def batches(self, patches: int | None = None, batch_size: int = 16) -> EmbeddingBatches:
+    def batches(self, patches: int | None = None, batch_size: int = 8) -> EmbeddingBatches:
         """The embeddings in order, as batches of [B, C, h, w] that can be iterated again and again.
 
         Args:

@@ -21,8 +21,9 @@ class MaskedStack(nn.Module):
     """Masked, dilated convolutions with ReLU between them, as many as ``dilations`` has entries.
 
     The network of the paper (arXiv 2603.02974, method section). In ``causal`` mode a position sees only patches earlier
-    in raster order. In ``bidirectional`` mode it never sees itself if the first dilation is odd and all others are
-    even; with one constant dilation it does, from the third layer on. In ``standard`` mode it does at once.
+    in raster order. In ``bidirectional`` mode with 3x3 kernels it never sees itself if the first dilation is odd and
+    all others are even; with one constant dilation it does, from the second layer on. In ``standard`` mode it does at
+    once.
 
     Args:
         in_channels, out_channels: C and P.
@@ -52,6 +53,17 @@ class MaskedStack(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Predict ``features`` [B, C, h, w]: [B, P, h, w]."""
         return self.net(features)
+
+    @staticmethod
+    def sees_itself(dilations: Sequence[int], kernel_size: int, mode: str) -> bool:
+        """Whether a path through the taps of all layers leads from a position back to it."""
+        reach = sum(dilations) * (kernel_size // 2)
+        seen = torch.zeros(1, 1, 2 * reach + 1, 2 * reach + 1)
+        seen[..., reach, reach] = 1
+        for index, dilation in enumerate(dilations):
+            taps = kernel_taps(mode, kernel_size, first=index == 0)[None, None]
+            seen = (F.conv2d(seen, taps, padding="same", dilation=dilation) > 0.5).float()
+        return bool(seen[..., reach, reach])
 
 
 class BlindStreams(nn.Module):

@@ -1,12 +1,13 @@
 """The density of patch embeddings: how likely each is, given those around it.
 
 In ``causal`` mode with one raster order the product over all patches is a joint likelihood of the map. In the blind
-modes (``guarded``, ``streams``, ``bidirectional`` with odd, then even dilations) and with several orders each factor is
-conditioned on patches on all sides, and the product is a pseudo-likelihood. In ``standard`` mode, and in
-``bidirectional`` mode with one constant dilation, a patch sees itself, and there is no likelihood at all; both are kept
-since the paper publishes them.
+modes (``guarded``, ``streams``, ``bidirectional`` with 3x3 kernels and odd, then even dilations) and with several
+orders each factor is conditioned on patches on all sides, and the product is a pseudo-likelihood. In ``standard`` mode,
+and in ``bidirectional`` mode otherwise, a patch sees itself, and there is no likelihood at all, of which a warning is
+given; both are kept since the authors' code has them.
 """
 
+import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,8 @@ ORDERS: dict[int, list[list[int]]] = {  # dimensions to flip
 }
 LOG_VARIANCE_LIMIT = 7.0  # of the learned variances, so that no patch has an infinite likelihood
 
+logger = logging.getLogger(__name__)
+
 
 class SpatialARDensity(nn.Module):
     """A Gaussian of each patch embedding given its context: its mean is predicted, its covariance learned or fitted.
@@ -63,6 +66,10 @@ class SpatialARDensity(nn.Module):
 
     Raises:
         BundleError: for an unknown mode or covariance, an even kernel, no layer, or a number out of range.
+
+    Attributes:
+        likelihood: what the product over all patches of a map is: ``joint``, ``pseudo``, or ``none`` where a patch sees
+            itself.
     """
 
     residual_mean: Tensor
@@ -93,9 +100,9 @@ class SpatialARDensity(nn.Module):
             kernel_size >= 3 and kernel_size % 2 == 1, "kernel_size", kernel_size, "use 3, 5, 7, ...: it must be odd"
         )
         _check(
-            len(dilations) > 0 and min(dilations) >= 1,
+            isinstance(dilations, Sequence) and len(dilations) > 0 and all(_is_whole(one) for one in dilations),
             "dilations",
-            list(dilations),
+            dilations,
             "one whole number >= 1 per layer, try [1,1,1,1,1]",
         )
         _check(hidden_channels >= 1, "hidden_channels", hidden_channels, "at least 1, the paper uses 256")
@@ -120,6 +127,14 @@ class SpatialARDensity(nn.Module):
             linear_components,
             "mode 'standard' sees its own target, which a linear prediction would copy: give 0",
         )
+        leaks = mode in ("bidirectional", "standard") and MaskedStack.sees_itself(dilations, kernel_size, mode)
+        self.likelihood = "none" if leaks else "joint" if mode == "causal" and orders == 1 else "pseudo"
+        if leaks:
+            logger.warning(
+                f"mode '{mode}' with kernel_size {kernel_size} and dilations {list(dilations)} sees the patch that it "
+                "predicts, so it gives no likelihood: kernel_size 3 with dilations [1,2,4,2,2] hides it in mode "
+                "'bidirectional', other modes always do"
+            )
         self.settings: dict[str, Any] = {
             "mode": mode,
             "hidden_channels": hidden_channels,
@@ -249,13 +264,17 @@ class SpatialARDensity(nn.Module):
 
     @torch.jit.ignore
     def describe(self) -> dict[str, Any]:
-        """The hyper-parameters that the weights depend on, as plain JSON values."""
-        return dict(self.settings)
+        """The hyper-parameters that the weights depend on, and the kind of likelihood, as plain JSON values."""
+        return {**self.settings, "likelihood": self.likelihood}
 
 
 def squared_error(prediction: Tensor, features: Tensor) -> Tensor:
     """The patch map of the paper: squared error averaged over channels, [B, C, H, W] twice to [B, H, W]."""
     return F.mse_loss(prediction, features, reduction="none").mean(dim=1)
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, int) and number >= 1
 
 
 def _check(holds: bool, name: str, value: Any, remedy: str) -> None:

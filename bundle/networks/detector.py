@@ -1,7 +1,8 @@
 """The anomaly detector: an image goes in, an anomaly map of its size comes out, in one forward pass.
 
-image -> resize -> normalize (3 channels, backbone's mean and deviation) -> patch embeddings -> standardize, reduce
-      -> density: residual of the prediction -> patch score: patch map -> anomaly map and image score
+image -> resize -> normalize (3 channels, backbone's mean and deviation) -> patch embeddings -> pool
+      -> standardize, reduce -> density: residual of the prediction -> patch score: patch map
+      -> anomaly map and image score
 """
 
 import json
@@ -16,7 +17,10 @@ from bundle.errors import BundleError
 from bundle.networks.density import SpatialARDensity, squared_error
 from bundle.networks.features import FeatureNetwork
 from bundle.networks.gaussian import moments
-from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold, largest_of_each
+from bundle.networks.scores import GaussianPooling, ImageScore, PatchScore, conformal_threshold, largest_of_each
+
+
+DERIVED = {"likelihood"}  # of an identity: follows from other entries
 
 
 class Detection(NamedTuple):
@@ -35,6 +39,8 @@ class Detector(Protocol):
 
     threshold: Tensor
     image_threshold: Tensor
+    false_positive_rate: Tensor
+    image_false_positive_rate: Tensor
 
     def resize(self, image: Tensor) -> Tensor:
         """Bring ``image`` [B, C, H, W] to the size that the backbone sees."""
@@ -52,7 +58,7 @@ class AnomalyDetector(nn.Module):
     A map is in standard deviations above the mean of healthy patches ('z'), those at the same position where
     ``per_position`` says so: 3 means three standard deviations more surprising than healthy tissue there. An image
     score is in deviations above the mean of healthy images. ``raw=True`` gives the squared error of the paper. Before
-    :meth:`calibrate` thresholds are infinite.
+    :meth:`calibrate` thresholds are infinite, and the rates that they were wanted for not a number.
 
     What decides an output travels in the state dict: density, standardization, scores, thresholds and ``identity``
     (backbone, hash of its weights, preprocessing, settings of density and scores). The weights of the backbone do not.
@@ -66,6 +72,8 @@ class AnomalyDetector(nn.Module):
             a patch covers half the length, and a transformer no longer sequence. 1: whole.
         standardize: bring every channel of the embeddings to mean 0 and deviation 1 over healthy training patches, so
             that channels of much natural variance do not drown the others. The paper does not.
+        feature_pooling: deviation, in patches, of the Gaussian mean over near patch embeddings; 0: each patch alone.
+            PatchCore averages over 3x3 patches, which is about 0.8.
         feature_components: principal components that the standardized embeddings are reduced to; None: not reduced.
         score_scale, residual_pooling, per_position: see :class:`~bundle.networks.scores.PatchScore`.
         image_score: see :class:`~bundle.networks.scores.ImageScore`.
@@ -81,6 +89,8 @@ class AnomalyDetector(nn.Module):
     projection: Tensor
     threshold: Tensor
     image_threshold: Tensor
+    false_positive_rate: Tensor
+    image_false_positive_rate: Tensor
     identity: Tensor
 
     def __init__(
@@ -89,6 +99,7 @@ class AnomalyDetector(nn.Module):
         density: SpatialARDensity,
         image_size: int | Sequence[int] = 320,
         tiles: int = 1,
+        feature_pooling: float = 0.0,
         standardize: bool = True,
         feature_components: int | None = None,
         score_scale: str = "log_radius",
@@ -99,7 +110,7 @@ class AnomalyDetector(nn.Module):
     ) -> None:
         super().__init__()
         channels = features.num_channels
-        if tiles < 1:
+        if not isinstance(tiles, int) or tiles < 1:
             raise BundleError(f"tiles is {tiles}: give the number of tiles per side, 1 for whole images")
         if feature_components is not None and not 1 <= feature_components <= channels:
             raise BundleError(
@@ -112,6 +123,7 @@ class AnomalyDetector(nn.Module):
                 f"the density has {density.in_channels} channels, but the embeddings {reduced}: give it that many"
             )
         self.features = features
+        self.feature_pooling = GaussianPooling(feature_pooling, "feature_pooling")
         self.density = density
         settings = density.describe()
         self.patch_score = PatchScore(
@@ -131,10 +143,13 @@ class AnomalyDetector(nn.Module):
         self.register_buffer("projection", torch.eye(reduced, channels if self.reduces else reduced)[..., None, None])
         self.register_buffer("threshold", torch.full((), float("inf")))
         self.register_buffer("image_threshold", torch.full((), float("inf")))
+        self.register_buffer("false_positive_rate", torch.full((), float("nan"), dtype=torch.float64))
+        self.register_buffer("image_false_positive_rate", torch.full((), float("nan"), dtype=torch.float64))
         identity = {
             **features.describe(),
             "image_size": self.image_size,
             "tiles": tiles,
+            "feature_pooling": feature_pooling,
             "standardize": standardize,
             "feature_components": feature_components,
             **settings,
@@ -155,25 +170,29 @@ class AnomalyDetector(nn.Module):
 
     @torch.jit.export
     def embed(self, image: Tensor) -> Tensor:
-        """The patch embeddings [B, C, h, w] of ``image`` [B, 1 or 3, H, W] in [0, 1], as the backbone gives them."""
+        """The patch embeddings [B, C, h, w] of ``image`` [B, 1 or 3, H, W] in [0, 1], before standardization."""
         return self.embed_tiles(self.features.normalize(self.resize(image)))
 
     @torch.jit.export
     def embed_tiles(self, image: Tensor) -> Tensor:
         """The patch embeddings [B, C, h, w] of ``image`` [B, 3, H, W], resized and normalized, tile by tile."""
         if self.tiles == 1:
-            return self.features(image)
+            return self.feature_pooling(self.features(image))
         sides = [self.tiles, -1]
         tiles = image.unflatten(3, sides).unflatten(2, sides)  # [B, 3, tiles, H / tiles, tiles, W / tiles]
         maps = self.features(tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2))
         maps = maps.unflatten(0, [-1, self.tiles, self.tiles]).permute(0, 3, 1, 4, 2, 5)
-        return maps.flatten(2, 3).flatten(3, 4)
+        return self.feature_pooling(maps.flatten(2, 3).flatten(3, 4))
 
     @torch.jit.export
     def standardize(self, embeddings: Tensor) -> Tensor:
         """Bring ``embeddings`` [B, C, h, w] to the scale of healthy training patches, reduced if that is wanted."""
         standardized = (embeddings - self.feature_mean) / self.feature_std
-        return F.conv2d(standardized, self.projection) if self.reduces else standardized
+        if self.reduces:  # in double, which no automatic cast to 16 bits touches
+            projected = torch.matmul(self.projection.flatten(1).double(), standardized.double().flatten(2))
+            grid = [standardized.shape[2], standardized.shape[3]]
+            standardized = projected.to(standardized.dtype).unflatten(2, grid)
+        return standardized
 
     @torch.jit.export
     def score_patches(self, embeddings: Tensor, raw: bool = False) -> Tensor:
@@ -264,6 +283,8 @@ class AnomalyDetector(nn.Module):
         self.threshold.fill_(conformal_threshold(patch_maps, false_positive_rate, "patches"))
         case_scores = image_scores if cases is None else largest_of_each(image_scores, cases)
         self.image_threshold.fill_(conformal_threshold(case_scores, image_false_positive_rate, "images"))
+        self.false_positive_rate.fill_(false_positive_rate)
+        self.image_false_positive_rate.fill_(image_false_positive_rate)
 
     def _standardized(self, batches: Iterable[Tensor]) -> Iterable[Tensor]:
         return _Mapped(lambda batch: self.standardize(batch.to(self.feature_mean.device)), batches)
@@ -291,11 +312,11 @@ class _Mapped(Iterable[Tensor]):
 
 
 def _checked_size(image_size: int | Sequence[int], patch: int) -> list[int]:
-    size = [image_size, image_size] if isinstance(image_size, int) else [int(side) for side in image_size]
+    size = list(image_size) if isinstance(image_size, Sequence) else [image_size, image_size]
     if len(size) != 2 or any(side < patch or side % patch for side in size):
         near = [max(patch, round(side / patch) * patch) for side in size]
         raise BundleError(f"image_size {image_size} must be one or two multiples of the patch size {patch}: try {near}")
-    return size
+    return [int(side) for side in size]
 
 
 def _encode(identity: dict[str, Any]) -> Tensor:
@@ -309,8 +330,14 @@ def _decode(identity: Tensor) -> dict[str, Any]:
 
 def refuse_other(stored: dict[str, Any], own: dict[str, Any]) -> None:
     """Raise the first difference between the identity of a checkpoint and that of this detector."""
-    for key in ["backbone", *sorted(own.keys() | stored.keys())]:
+    for key in ["backbone", *sorted((own.keys() | stored.keys()) - DERIVED)]:
         theirs, ours = stored.get(key), own.get(key)
+        if (key in stored) != (key in own):
+            side = "has no" if key in own else "has a"
+            raise BundleError(
+                f"the checkpoint {side} {key!r} in its identity, which is that of another version: train it anew, or "
+                "take the version that made it"
+            )
         if theirs != ours:
             what = (
                 f"{key} {theirs!r}" if key == "backbone" else f"{key} {theirs!r} (backbone {stored.get('backbone')!r})"

@@ -60,7 +60,7 @@ class FeatureNetwork(nn.Module):
         backbone: str = "auto",
         weights: str | os.PathLike[str] | None = None,
         weights_sha256: str | None = None,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int] | int | None = None,
         timm_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -210,8 +210,9 @@ def _to_grid(features: Tensor, stride: int, grid: list[int]) -> Tensor:
     return features
 
 
-def _checked_layers(layers: Sequence[int], depth: int, backbone: str) -> list[int]:
+def _checked_layers(layers: Sequence[int] | int, depth: int, backbone: str) -> list[int]:
     """Non-negative, ascending, without repetition."""
+    layers = [layers] if isinstance(layers, int) else layers
     if not layers or any(not -depth <= layer < depth for layer in layers):
         raise BundleError(f"layers {list(layers)} of {backbone} must be one or more of 0 to {depth - 1}")
     return sorted({layer % depth for layer in layers})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import nibabel as nib
@@ -10,8 +10,12 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform, Orientation, Transform
 from monai.utils import ensure_tuple
+from torch import Tensor
 
 from bundle.errors import BundleError, check_choice
+
+WHOLE = (0.0, 1.0)  # the range of all slices
+MIN_FOREGROUND = 0.05
 
 PLANES = {
     # directions of rows, columns and slices, as radiologists look at them
@@ -73,6 +77,32 @@ def _orient(image: MetaTensor, axcodes: str) -> MetaTensor:
         return cast(MetaTensor, orientation(image))
 
 
+class SliceChoice:
+    """Which slices of a volume are looked at: those that training learns from, and no others make a study's score.
+
+    Args:
+        slice_range: shares of the stack, in [0, 1], where the range begins and ends.
+        min_foreground: share of pixels above 0, in [0, 1], that a slice must have.
+
+    Raises:
+        BundleError: if a share is out of range.
+    """
+
+    def __init__(self, slice_range: Sequence[float] = WHOLE, min_foreground: float = MIN_FOREGROUND) -> None:
+        if len(slice_range) != 2 or not 0 <= slice_range[0] < slice_range[1] <= 1:
+            raise BundleError(f"slice_range is {list(slice_range)}: give [first, last] with 0 <= first < last <= 1")
+        if not 0 <= min_foreground <= 1:
+            raise BundleError(f"min_foreground must be in [0, 1], got {min_foreground}: try {MIN_FOREGROUND}")
+        self.first, self.last = slice_range
+        self.min_foreground = min_foreground
+
+    def __call__(self, stack: Tensor) -> list[int]:
+        """Indices into ``stack`` [C, rows, columns, slices], maybe none; the only slice of a picture is always one."""
+        depth = stack.shape[-1]
+        inside = range(round(self.first * (depth - 1)), round(self.last * (depth - 1)) + 1)
+        return [i for i in inside if depth == 1 or (stack[..., i] > 0).float().mean() >= self.min_foreground]
+
+
 class ExtractSlicesd(Transform):
     """Cut [C, rows, columns, slices] into a list of slices [C, rows, columns], each a case of its own.
 
@@ -81,39 +111,26 @@ class ExtractSlicesd(Transform):
 
     Args:
         keys: ``image`` and whatever shares its grid; the filters look at the first key.
-        first, last: share of the stack, in [0, 1], where the range of slices begins and ends.
-        min_foreground: share of pixels above 0, in [0, 1], that a slice must have; the only slice of a flat image
-            always stays.
+        slice_range, min_foreground: see :class:`SliceChoice`.
 
     Raises:
         BundleError: if a share is out of range, or no slice of a volume is left.
     """
 
     def __init__(
-        self, keys: KeysCollection, first: float = 0.0, last: float = 1.0, min_foreground: float = 0.05
+        self, keys: KeysCollection, slice_range: Sequence[float] = WHOLE, min_foreground: float = MIN_FOREGROUND
     ) -> None:
-        if not 0 <= first < last <= 1:
-            raise BundleError(f"slice_range must satisfy 0 <= first < last <= 1, got {first} and {last}: try 0 and 1")
-        if not 0 <= min_foreground <= 1:
-            raise BundleError(f"min_foreground must be in [0, 1], got {min_foreground}: try 0.05")
         self.keys = ensure_tuple(keys)
-        self.first = first
-        self.last = last
-        self.min_foreground = min_foreground
+        self.choose = SliceChoice(slice_range, min_foreground)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> list[dict[Hashable, Any]]:
         """The slices of ``data`` that pass the filters."""
-        stack = data[self.keys[0]]
-        depth = stack.shape[-1]
-        chosen = [
-            index
-            for index in range(round(self.first * (depth - 1)), round(self.last * (depth - 1)) + 1)
-            if depth == 1 or (stack[..., index] > 0).float().mean() >= self.min_foreground
-        ]
+        chosen = self.choose(data[self.keys[0]])
         if not chosen:
             raise BundleError(
                 f"'{data.get('name', 'a volume')}' has no slice with a foreground share of at least "
-                f"{self.min_foreground}: lower min_foreground, or check the intensity scheme"
+                f"{self.choose.min_foreground} in slice_range: lower min_foreground, widen slice_range, or check the "
+                "intensity scheme"
             )
         present = [key for key in self.keys if key in data]
         return [{**data, **{key: _slice(data[key], index) for key in present}} for index in chosen]
