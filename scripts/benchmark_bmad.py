@@ -3,10 +3,12 @@
     python -m scripts.benchmark_bmad --data BMAD --out RESULTS
 
 ``configs/benchmark.json`` says what is compared: sets, protocols and methods, each of which is a list of config files
-and knobs of the bundle; peers too, by ``scripts/peers.json``. ``seeds`` of a method is how many of those that are asked
-for it gets, all without it: for one with no chance in it, or a slow one. A cell is a method on a set with a seed. Each
-runs the bundle's own commands in processes of their own (:mod:`scripts.benchmark_cells`), and is not run again while
-its knobs, the code, the weights and the data are the same: an interrupted run goes on by the same command.
+and knobs of the bundle; peers too, by ``scripts/peers.json``. A method may be ``like`` another one and hold only what
+differs, and have knobs for backbones whose names begin with a word such as ``efficientnet``. ``seeds`` of a method is
+how many of those that are asked for it gets, all without it: for one with no chance in it, or a slow one. A cell is a
+method on a set with a seed. Each runs the bundle's own commands in processes of their own
+(:mod:`scripts.benchmark_cells`), and is not run again while its knobs, the code, the weights and the data are the same:
+an interrupted run goes on by the same command.
 
 Source of the sets: Bao et al., 'BMAD: Benchmarks for Medical Anomaly Detection', arXiv 2306.11876.
 """
@@ -22,8 +24,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -69,33 +70,37 @@ class DataSet:
     fingerprint: str
 
 
-def find_sets(root: Path, config: dict[str, Any], wanted: list[str] | None) -> dict[str, Path]:
-    """The folder of every set: those below ``root`` that have one of BMAD's names, or ``root`` itself by its own name.
+def find_sets(roots: Sequence[Path], config: dict[str, Any], wanted: list[str] | None) -> dict[str, Path]:
+    """The folder of every set: those in and below ``roots`` that have one of BMAD's names, or a root by its own name.
 
     Raises:
         BundleError: if a name is unknown, a wanted set or all sets are missing, or two folders claim to be one set.
     """
-    if not wanted and holds_splits(root):
-        return {set_name(root, root, config) or root.absolute().name: root}
     for name in wanted or ():
         check_choice("set", name, config["sets"])
     found: dict[str, Path] = {}
-    for folder in set_folders(root):
-        own = set_name(folder, root, config)
-        if own in found:
-            raise BundleError(f"'{found[own]}' and '{folder}' are both the set {own}: move one of them away")
-        if own is not None:
-            found[own] = folder
+    for root in roots:
+        for folder in set_folders(root):
+            own = set_name(folder, root, config) or (root.absolute().name if folder == root else None)
+            if own in found:
+                raise BundleError(f"'{found[own]}' and '{folder}' are both the set {own}: rename one, or move it away")
+            if own is not None:
+                found[own] = folder
     missing = [name for name in wanted or config["sets"] if name not in found]
     if missing and (wanted or not found):
         raise BundleError(
-            f"no {' or '.join(missing)} in '{root}': download {'it' if len(missing) == 1 else 'them'} from "
-            f"{config['download']} and unpack to '{root / missing[0]}' and so on, or give --data a folder with train, "
-            "valid and test"
+            f"no {' or '.join(missing)} in {words_of(roots)}: download {'it' if len(missing) == 1 else 'them'} from "
+            f"{config['download']} and unpack to '{roots[0] / missing[0]}' and so on, or give --data a folder with "
+            "train, valid and test"
         )
-    if missing:
-        say(f"not in '{root}', and left out: {', '.join(missing)} ({config['download']})")
-    return {name: found[name] for name in wanted or config["sets"] if name in found}
+    if missing and not all(holds_splits(root) for root in roots):
+        say(f"not in {words_of(roots)}, and left out: {', '.join(missing)} ({config['download']})")
+    return {name: folder for name, folder in found.items() if not wanted or name in wanted}
+
+
+def words_of(paths: Iterable[Path]) -> str:
+    """The paths as a list in a sentence."""
+    return " and ".join(f"'{path}'" for path in paths)
 
 
 def set_folders(root: Path) -> Iterator[Path]:
@@ -139,19 +144,19 @@ def read_set(name: str, folder: Path) -> DataSet:
 def make_recipe(config: dict[str, Any], method: str, data_set: DataSet, seed: int, given: dict[str, Any]) -> Any:
     """What decides the result of a cell, apart from the protocol.
 
-    Later knobs win: those of the method, of the method for a family of backbones (``dinov3``, ``efficientnet``), of the
-    set for the method's preset, and those ``given`` for all methods.
+    Later knobs win: those of the set for the method's preset, of the method, of the method for a family of backbones
+    (``dinov3``, ``efficientnet``), and those ``given`` for all methods.
 
     Raises:
         BundleError: for an unknown knob, with the closest name, or if there are no weights.
     """
     whole = config["methods"][method]
     preset = config["sets"].get(data_set.name, {}).get("knobs", {}).get(whole.get("preset", "ours"), {})
-    asked = {**whole.get("knobs", {}), **preset, **given}
+    asked = {**preset, **whole.get("knobs", {}), **given}
     backbone = find_backbone(asked.get("backbone", "auto"), asked.get("weights"))
-    family = whole.get(backbone.partition("_")[0], {})
+    family = family_of(whole, backbone)
     configs = [*whole.get("configs", []), *family.get("configs", [])]
-    knobs = {**whole.get("knobs", {}), **family.get("knobs", {}), **preset, **given, "backbone": backbone}
+    knobs = {**preset, **whole.get("knobs", {}), **family.get("knobs", {}), **given, "backbone": backbone}
     check_knobs(knobs, ConfigParser.load_config_files([str(ROOT / name) for name in ("configs/train.json", *configs)]))
     features = describe_features(backbone, *(knobs.get(key) for key in ("weights", "weights_sha256")))
     return {
@@ -164,6 +169,11 @@ def make_recipe(config: dict[str, Any], method: str, data_set: DataSet, seed: in
         "data": data_set.fingerprint,
         "code": code_fingerprint(),
     }
+
+
+def family_of(method: dict[str, Any], backbone: str) -> dict[str, Any]:
+    """Configs and knobs that the method has for backbones of this name alone."""
+    return next((method[key] for key in method if backbone.startswith(key)), {})
 
 
 @cache
@@ -273,12 +283,7 @@ def benchmark(given: argparse.Namespace) -> dict[str, Any]:
     methods = chosen("method", given.methods, config["methods"])
     protocols = chosen("protocol", given.protocols, config["protocols"])
     out = given.out.resolve()
-    sets = [
-        read_set(name, folder) for root in given.data for name, folder in find_sets(root, config, given.sets).items()
-    ]
-    twice = [name for name, count in Counter(one.name for one in sets).items() if count > 1]
-    if twice:
-        raise BundleError(f"two folders of --data are the set '{twice[0]}': rename one of them")
+    sets = [read_set(name, folder) for name, folder in find_sets(given.data, config, given.sets).items()]
     plan = [
         (data_set, make_recipe(config, name, data_set, seed, given.knobs))
         for data_set in sets
@@ -372,7 +377,21 @@ def load_config(path: Path) -> dict[str, Any]:
         raise BundleError(f"--config '{path}' lacks {', '.join(sorted(missing))}: see configs/benchmark.json")
     for protocol in config["protocols"].values():
         apply_mask_rule(0, protocol["mask_rule"])  # type: ignore[arg-type]
-    return config
+    return {**config, "methods": {name: inherit(config["methods"], name) for name in config["methods"]}}
+
+
+def inherit(methods: dict[str, Any], name: str) -> dict[str, Any]:
+    """The method with what it takes from the one that it is ``like``: all but the published row and the seeds.
+
+    Raises:
+        BundleError: if there is no such method.
+    """
+    own = methods[name]
+    if "like" not in own:
+        return own
+    base = inherit(methods, check_choice("method", own["like"], methods))
+    taken = {key: value for key, value in base.items() if key not in ("published", "seeds")}
+    return {**taken, **own, "knobs": {**base.get("knobs", {}), **own.get("knobs", {})}}
 
 
 def knobs_of(text: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def train(folder: Path) -> None:
         }
         if fits:
             result |= {"seconds": seconds, "peak_mb": peak, "command": shlex.join(command)}
+            result["threads"] = os.environ.get("OMP_NUM_THREADS")
             result |= {key: report[key] for key in ("model", "data", "images")}
             result["stored_mb"] = (folder / "model.pt").stat().st_size / MEGABYTE
         write(folder / "result.json", result)
@@ -104,8 +106,8 @@ def last_words(log: Path) -> str:
 def measure_times(folder: Path) -> None:
     """Time the trained models on the same images: from resized images in memory to maps, features included.
 
-    Batch by batch all methods run one after the other, so that a ratio compares what ran within the same seconds. The
-    first round only warms up.
+    Batch by batch all methods run one after the other in an order that is drawn anew, so that a ratio compares what ran
+    within the same seconds, and none always follows the same one. The first round only warms up.
     """
     import torch
 
@@ -114,11 +116,11 @@ def measure_times(folder: Path) -> None:
     methods = {name: load_method(one, job["cases"], recipe["batch_size"]) for name, one in job["methods"].items()}
     names = list(methods)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     for repeat in range(recipe["repeats"] + 1):
         spent = dict.fromkeys(names, 0.0)
         for number in range(len(methods[names[0]][1])):
-            start = (repeat + number) % len(names)  # no place in the order is favored
-            for name in names[start:] + names[:start]:
+            for name in order.sample(names, len(names)):
                 detect, batches = methods[name]
                 started = time.perf_counter()
                 detect(batches[number])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -78,7 +79,7 @@ def spread(values: Iterable[float | None]) -> list[float | None]:
 def report(results: dict[str, Any]) -> list[str]:
     """The Markdown page."""
     lines = ["# Benchmark", "", "Made by", "", "```sh", results["command"], "```", ""]
-    lines += [f"on {results['machine']}; commit {results['commit'][:12]}, {results['date'][:10]}.", ""]
+    lines += [f"on {results['machine']}; commit {commit_words(results['commit'])}, {results['date'][:10]}.", ""]
     drawn = any(one["rows"] for one in results["sets"].values())
     lines += ["![Accuracy, runtime and memory](benchmark_bars.png)", ""] if drawn else []
     lines += ["![Accuracy against runtime](benchmark_runtime.png)", ""] if drawn else []
@@ -89,6 +90,12 @@ def report(results: dict[str, Any]) -> list[str]:
     if results["failed"]:
         lines += ["", "## Not measured", "", *(f"- {name}: {why}" for name, why in results["failed"].items())]
     return lines
+
+
+def commit_words(commit: str) -> str:
+    """The short hash, and whether there were changes that are not in it."""
+    hash_, plus, changes = commit.partition("+")
+    return hash_[:12] + (f" with {changes}" if plus else "")
 
 
 def section(name: str, data_set: dict[str, Any], results: dict[str, Any]) -> list[str]:
@@ -130,8 +137,9 @@ def differs_from_bmad(data_set: dict[str, Any]) -> bool:
 
 def protocol_words(protocol: dict[str, Any]) -> str:
     """Size and mask rule, which belong to every number."""
-    size = protocol["evaluation_size"]
-    return f"{'native size' if size is None else f'{size}x{size}'}, mask `{protocol['mask_rule']}`"
+    size, via = protocol["evaluation_size"], protocol.get("mask_via")
+    detour = "" if size is None or via is None else f" by {via}x{via}"
+    return f"{'native size' if size is None else f'{size}x{size}'}, mask `{protocol['mask_rule']}`{detour}"
 
 
 def beside_published(results: dict[str, Any]) -> list[str]:
@@ -146,11 +154,14 @@ def beside_published(results: dict[str, Any]) -> list[str]:
         published["protocol"] if published["protocol"] in results["protocols"] else next(iter(results["protocols"]))
     )
     words = protocol_words(results["protocols"][protocol])
+    other = ", which is another protocol" if protocol != published["protocol"] else ""
+    backbones = "; ".join(dict.fromkeys(backbone_words(one) for one in sets.values()))
     titles = [one["title"] for one in sets.values()]
     lines = [
         "## Beside the published numbers",
         "",
-        f"Pixel AUROC / pixel AP in %. Measured: {words}. Published: {published['source']}, on hardware of its own.",
+        f"Pixel AUROC / pixel AP in %. Published: {published['source']}, protocol {published['protocol']}, on hardware "
+        f"of its own. Measured: {words}{other}; {backbones}, whatever a published name says.",
         "",
         f"| method | | ms | {' | '.join(titles)} |",
         "| --- | --- | ---: " + "| --- " * len(sets) + "|",
@@ -194,6 +205,12 @@ def legend(results: dict[str, Any]) -> list[str]:
         if times
         else "not measured"
     )
+    fitted = {
+        f" Fitted and scored with OMP_NUM_THREADS {cell['threads']}."
+        for one in results["sets"].values()
+        for cell in chain.from_iterable(one["cells"].values())
+        if cell.get("threads")
+    }
     lines = [
         "## What was measured",
         "",
@@ -202,9 +219,10 @@ def legend(results: dict[str, Any]) -> list[str]:
         f"- ms per image: {timed}.",
         "- peak memory: the most that the process which fits and scores under the first protocol holds resident, "
         "imports included. The feature cache counts while its files are mapped; it is shared, so that densities which "
-        "come later find the features of the first, while every peer computes its own.",
+        f"come later find the features of the first, while every peer computes its own.{''.join(sorted(fitted))}",
         "- stored: the file of the trained model without the backbone; of peers, all that they keep, in float32.",
-        "- Nothing is chosen by anomalous images. All methods see the same features where image_size is the same.",
+        "- No method sees an anomalous image, or a test image, before it is scored. All methods see the same features "
+        "where image_size is the same.",
         "",
         "Methods, by what they change of the bundle's defaults:",
         "",

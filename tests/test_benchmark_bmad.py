@@ -15,8 +15,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bundle.errors import BundleError
+from bundle.networks.weights import BACKBONES
 from scripts.benchmark_bmad import (
     benchmark,
+    family_of,
     find_sets,
     load_config,
     main,
@@ -148,9 +150,9 @@ def test_every_spelling_of_bmad_is_found(tmp_path, name, folder):
     for split in ("train", "test"):
         (tmp_path / "BMAD" / folder / split).mkdir(parents=True)
     found = tmp_path / "BMAD" / folder
-    assert find_sets(tmp_path / "BMAD", CONFIG, None) == {name: found}
-    assert find_sets(tmp_path / "BMAD", CONFIG, [name]) == {name: found}
-    assert find_sets(found, CONFIG, None) == {name: found}
+    assert find_sets([tmp_path / "BMAD"], CONFIG, None) == {name: found}
+    assert find_sets([tmp_path / "BMAD"], CONFIG, [name]) == {name: found}
+    assert find_sets([found], CONFIG, None) == {name: found}
 
 
 def test_sets_are_found_as_their_archives_unpack(tmp_path):
@@ -158,7 +160,7 @@ def test_sets_are_found_as_their_archives_unpack(tmp_path):
     for place in places.values():
         for split in ("train", "valid", "test"):
             (tmp_path / place / split / "good").mkdir(parents=True)
-    assert find_sets(tmp_path, CONFIG, None) == {name: tmp_path / places[name] for name in ("Brain", "Liver", "RESC")}
+    assert find_sets([tmp_path], CONFIG, None) == {name: tmp_path / places[name] for name in ("Brain", "Liver", "RESC")}
     assert len(list(set_folders(tmp_path))) == 3
 
 
@@ -166,14 +168,14 @@ def test_a_set_may_be_where_we_are_or_behind_a_link(tmp_path, monkeypatch):
     tiny_set(tmp_path / "elsewhere")
     (tmp_path / "BMAD").mkdir()
     (tmp_path / "BMAD/Liver").symlink_to(tmp_path / "elsewhere")
-    assert list(find_sets(tmp_path / "BMAD", CONFIG, None)) == ["Liver"]
+    assert list(find_sets([tmp_path / "BMAD"], CONFIG, None)) == ["Liver"]
     monkeypatch.chdir(tiny_set(tmp_path / "Brain"))
-    assert find_sets(Path(), CONFIG, None) == {"Brain": Path()}
+    assert find_sets([Path()], CONFIG, None) == {"Brain": Path()}
 
 
 def test_any_data_set_in_the_layout_is_taken_by_the_name_of_its_folder(tmp_path):
     folder = tiny_set(tmp_path / "my hospital")
-    assert find_sets(folder, CONFIG, None) == {"my hospital": folder}
+    assert find_sets([folder], CONFIG, None) == {"my hospital": folder}
     found = read_set("my hospital", folder)
     assert found.counts == {"training": 6, "validation": 2, "test": 4}
 
@@ -194,10 +196,19 @@ def test_without_bmad_the_download_is_said_in_one_line(tmp_path, monkeypatch):
 def test_a_set_that_is_asked_for_must_be_there_and_others_may_be_missing(tmp_path, capsys):
     for split in ("train", "test"):
         (tmp_path / "RESC" / split).mkdir(parents=True)
-    assert list(find_sets(tmp_path, CONFIG, None)) == ["RESC"]
+    assert list(find_sets([tmp_path], CONFIG, None)) == ["RESC"]
     assert "left out: Brain, Liver, OCT2017, Chest, Camelyon16" in capsys.readouterr().err
     with pytest.raises(BundleError, match="no Liver in .*: download it from"):
-        find_sets(tmp_path, CONFIG, ["RESC", "Liver"])
+        find_sets([tmp_path], CONFIG, ["RESC", "Liver"])
+
+
+def test_sets_that_are_asked_for_may_lie_in_several_places(tmp_path):
+    for place in ("here/RESC", "there/Liver", "mine"):
+        for split in ("train", "test"):
+            (tmp_path / place / split).mkdir(parents=True)
+    roots = [tmp_path / "here", tmp_path / "there"]
+    assert list(find_sets(roots, CONFIG, ["Liver", "RESC"])) == ["RESC", "Liver"]
+    assert list(find_sets([*roots, tmp_path / "mine"], CONFIG, None)) == ["RESC", "Liver", "mine"]
 
 
 def test_two_folders_of_one_set_are_refused(tmp_path):
@@ -205,7 +216,7 @@ def test_two_folders_of_one_set_are_refused(tmp_path):
         for split in ("train", "test"):
             (tmp_path / name / split).mkdir(parents=True)
     with pytest.raises(BundleError, match="are both the set RESC"):
-        find_sets(tmp_path, CONFIG, None)
+        find_sets([tmp_path], CONFIG, None)
 
 
 @pytest.mark.parametrize(
@@ -237,16 +248,38 @@ def test_the_paper_is_its_overlay_and_smaller_on_efficientnet(tmp_path):
     assert (small["knobs"]["hidden_channels"], small["knobs"]["image_size"]) == (128, 320)
 
 
-def test_knobs_of_the_user_win_over_those_of_the_set_and_these_over_the_method(tmp_path):
+def test_knobs_of_the_user_win_over_those_of_the_method_and_these_over_the_set(tmp_path):
     data_set = read_set("RESC", tiny_set(tmp_path / "RESC"))
     given = {"backbone": "efficientnet_lite0"}
-    config = {**CONFIG, "methods": {"mine": {"knobs": {"image_size": 96, "max_epochs": 3}}}}
-    assert make_recipe(config, "mine", data_set, 0, given)["knobs"] == {
-        **given,
-        "image_size": [224, 448],
-        "max_epochs": 3,
-    }
-    assert make_recipe(config, "mine", data_set, 0, {**given, "image_size": 64})["knobs"]["image_size"] == 64
+
+    def size(method, **knobs):
+        return make_recipe(CONFIG, method, data_set, 0, {**given, **knobs})["knobs"]["image_size"]
+
+    assert size("ours") == [224, 448]
+    assert size("ours, causal") == [224, 448]
+    assert size("ours, 448 pixels") == 448
+    assert size("ours, 448 pixels", image_size=64) == 64
+
+
+def test_a_method_that_is_like_another_has_its_knobs_and_its_own():
+    dilated, pooled = (CONFIG["methods"][f"paper, dilated{words}"] for words in ("", ", pooled embeddings"))
+    assert dilated["efficientnet"] == CONFIG["methods"]["paper, standard"]["efficientnet"]
+    assert dilated["configs"] == pooled["configs"] == ["configs/paper.json"]
+    assert pooled["knobs"] == {"dilations": [4] * 5, "feature_pooling": 0.8}
+    assert dilated["published"] == "the paper, dilated"
+    assert "published" not in pooled
+
+
+DEPTHS = {"vits": 12, "vitb": 12, "vitl": 24, "vith": 32, "vit7b": 40, "convnext": 4, "efficientnet": 7}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("method", ["ours, last stage only", "ours, three stages"])
+def test_ablations_of_stages_know_every_backbone_and_reach_its_last_blocks(backbone, method):
+    depth = next(depth for word, depth in DEPTHS.items() if word in backbone)
+    layers = [layer % depth for layer in family_of(CONFIG["methods"][method], backbone)["knobs"]["layers"]]
+    assert layers == sorted(set(layers))
+    assert depth / 2 < max(layers) < depth
 
 
 def cell(method, seed, pixel=0.9, image=0.8):
