@@ -19,7 +19,6 @@ from bundle.networks.features import FeatureNetwork
 from bundle.networks.gaussian import moments
 from bundle.networks.scores import GaussianPooling, ImageScore, PatchScore, conformal_threshold, largest_of_each
 
-
 DERIVED = {"likelihood"}  # of an identity: follows from other entries
 
 
