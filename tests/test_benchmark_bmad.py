@@ -265,7 +265,7 @@ def test_a_method_that_is_like_another_has_its_knobs_and_its_own():
     dilated, pooled = (CONFIG["methods"][f"paper, dilated{words}"] for words in ("", ", pooled embeddings"))
     assert dilated["efficientnet"] == CONFIG["methods"]["paper, standard"]["efficientnet"]
     assert dilated["configs"] == pooled["configs"] == ["configs/paper.json"]
-    assert pooled["knobs"] == {"dilations": [4] * 5, "feature_pooling": 0.8}
+    assert pooled["knobs"] == {"dilations": [4] * 5, "feature_pooling": 3}
     assert dilated["published"] == "the paper, dilated"
     assert "published" not in pooled
 

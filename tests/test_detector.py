@@ -207,11 +207,17 @@ def test_tiles_of_an_oblong_image_keep_their_places(features):
 
 def test_pooled_embeddings_are_means_over_near_patches_across_tiles_too(features):
     image = torch.rand(1, 1, 128, 128)
-    alone, pooled = (small_detector(features, 128, tiles=2, feature_pooling=value).embed(image) for value in (0.0, 0.8))
-    weights = torch.exp(-0.5 * (torch.arange(-2, 3) / 0.8).square())
-    weights = torch.outer(weights, weights) / weights.sum().square()
-    expected = (alone[:, :, 2:7, 1:6] * weights).sum(dim=(2, 3))  # the seam of the tiles is at 4
-    torch.testing.assert_close(pooled[:, :, 4, 3], expected, atol=1e-4, rtol=1e-4)
+    alone, pooled = (small_detector(features, 128, tiles=2, feature_pooling=side).embed(image) for side in (1, 3))
+    inside = alone[:, :, 3:6, 2:5].mean(dim=(2, 3))  # the seam of the tiles is at 4
+    corner = alone[:, :, :2, :2].sum(dim=(2, 3)) / 9
+    torch.testing.assert_close(pooled[:, :, 4, 3], inside, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pooled[:, :, 0, 0], corner, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", [0, 2])
+def test_a_square_without_a_middle_is_refused(features, side):
+    with pytest.raises(BundleError, match=f"feature_pooling is {side}: give an odd number"):
+        small_detector(features, feature_pooling=side)
 
 
 def test_a_checkpoint_of_another_version_is_refused_with_what_it_lacks(features):
@@ -222,8 +228,8 @@ def test_a_checkpoint_of_another_version_is_refused_with_what_it_lacks(features)
 
 
 def test_a_checkpoint_of_single_embeddings_is_refused_where_they_are_pooled(features):
-    with pytest.raises(BundleError, match="feature_pooling 0.0 .*has feature_pooling 0.8"):
-        small_detector(features, feature_pooling=0.8).load_state_dict(small_detector(features).state_dict())
+    with pytest.raises(BundleError, match="feature_pooling 1 .*has feature_pooling 3"):
+        small_detector(features, feature_pooling=3).load_state_dict(small_detector(features).state_dict())
 
 
 @pytest.mark.parametrize(

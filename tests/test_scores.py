@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from bundle.errors import BundleError
-from bundle.networks.scores import GaussianPooling, ImageScore, PatchScore, conformal_threshold, largest_of_each
+from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold, largest_of_each
 
 
 def residuals(images=60, seed=0, grid=8, channels=5):
@@ -63,11 +63,11 @@ def test_pooling_finds_what_points_the_same_way_in_neighboring_patches():
 
 
 def test_pooling_is_a_gaussian_mean_with_replicated_borders():
-    pool, values = GaussianPooling(1.0, "residual_pooling"), residuals(2)
-    kernel = torch.outer(pool.weights, pool.weights).expand(5, 1, 5, 5)
+    score, values = PatchScore(5, [8, 8], pooling=1.0), residuals(2)
+    kernel = torch.outer(score.weights, score.weights).expand(5, 1, 5, 5)
     expected = F.conv2d(F.pad(values, (2, 2, 2, 2), mode="replicate"), kernel, groups=5)
-    torch.testing.assert_close(pool(values), expected)
-    assert torch.equal(GaussianPooling(0.0, "residual_pooling")(values), values)
+    torch.testing.assert_close(score.pool(values), expected)
+    assert torch.equal(PatchScore(5, [8, 8], pooling=0.0).pool(values), values)
 
 
 def test_the_squared_error_is_the_papers_up_to_scale():

@@ -17,7 +17,7 @@ from bundle.errors import BundleError
 from bundle.networks.density import SpatialARDensity, squared_error
 from bundle.networks.features import FeatureNetwork
 from bundle.networks.gaussian import moments
-from bundle.networks.scores import GaussianPooling, ImageScore, PatchScore, conformal_threshold, largest_of_each
+from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold, largest_of_each
 
 DERIVED = {"likelihood"}  # of an identity: follows from other entries
 
@@ -71,8 +71,8 @@ class AnomalyDetector(nn.Module):
             a patch covers half the length, and a transformer no longer sequence. 1: whole.
         standardize: bring every channel of the embeddings to mean 0 and deviation 1 over healthy training patches, so
             that channels of much natural variance do not drown the others. The paper does not.
-        feature_pooling: deviation, in patches, of the Gaussian mean over near patch embeddings; 0: each patch alone.
-            PatchCore averages over 3x3 patches, which is about 0.8.
+        feature_pooling: side, in patches, of the square that embeddings are averaged over, with zeros outside the map;
+            3 as PatchCore does it, 1: each patch alone.
         feature_components: principal components that the standardized embeddings are reduced to; None: not reduced.
         score_scale, residual_pooling, per_position: see :class:`~bundle.networks.scores.PatchScore`.
         image_score: see :class:`~bundle.networks.scores.ImageScore`.
@@ -98,7 +98,7 @@ class AnomalyDetector(nn.Module):
         density: SpatialARDensity,
         image_size: int | Sequence[int] = 320,
         tiles: int = 1,
-        feature_pooling: float = 0.0,
+        feature_pooling: int = 1,
         standardize: bool = True,
         feature_components: int | None = None,
         score_scale: str = "log_radius",
@@ -115,6 +115,10 @@ class AnomalyDetector(nn.Module):
             raise BundleError(
                 f"feature_components is {feature_components}: give 1 to {channels}, the embeddings' channels, or null"
             )
+        if feature_pooling < 1 or feature_pooling % 2 == 0:
+            raise BundleError(
+                f"feature_pooling is {feature_pooling}: give an odd number of patches such as 3, 1 for none"
+            )
         reduced = feature_components or channels
         self.image_size = _checked_size(image_size, features.patch_size * tiles)
         if density.in_channels != reduced:
@@ -122,7 +126,7 @@ class AnomalyDetector(nn.Module):
                 f"the density has {density.in_channels} channels, but the embeddings {reduced}: give it that many"
             )
         self.features = features
-        self.feature_pooling = GaussianPooling(feature_pooling, "feature_pooling")
+        self.feature_pooling = nn.AvgPool2d(feature_pooling, stride=1, padding=feature_pooling // 2)
         self.density = density
         settings = density.describe()
         self.patch_score = PatchScore(

@@ -23,45 +23,6 @@ PRIOR_IMAGES = 10.0  # how many images the pooled moments count for beside those
 logger = logging.getLogger(__name__)
 
 
-class GaussianPooling(nn.Module):
-    """The mean over near patches with Gaussian weights; at a border its patches count for those outside.
-
-    Args:
-        deviation: of the weights, in patches; 0: each patch alone.
-        name: of the knob, for the error.
-
-    Raises:
-        BundleError: for a negative deviation.
-    """
-
-    weights: Tensor
-
-    def __init__(self, deviation: float, name: str) -> None:
-        super().__init__()
-        if deviation < 0:
-            raise BundleError(f"{name} is {deviation}: give 0 for none, or a number of patches such as 1.0")
-        self.reach = math.ceil(2 * deviation)
-        distance = torch.arange(-self.reach, self.reach + 1) / max(deviation, 1e-6)
-        weights = torch.exp(-0.5 * distance.square())
-        self.register_buffer("weights", weights / weights.sum(), persistent=False)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Pool ``maps`` [B, C, h, w], in 32 bits, to the same shape."""
-        maps = maps.float()
-        if self.reach == 0:
-            return maps
-        size = 2 * self.reach + 1
-        padded = F.pad(maps, [self.reach, self.reach, self.reach, self.reach], mode="replicate")
-        height, width = maps.shape[2], maps.shape[3]
-        rows = padded[:, :, 0:height] * self.weights[0]
-        for step in range(1, size):
-            rows = rows + padded[:, :, step : step + height] * self.weights[step]
-        pooled = rows[:, :, :, 0:width] * self.weights[0]
-        for step in range(1, size):
-            pooled = pooled + rows[:, :, :, step : step + width] * self.weights[step]
-        return pooled
-
-
 class PatchScore(nn.Module):
     """How surprising a residual is, in standard deviations above the mean of healthy patches ('z').
 
@@ -74,7 +35,7 @@ class PatchScore(nn.Module):
         channels: C of the residuals.
         grid: height and width of the map, in patches.
         scale: ``log_radius``, or ``squared_error``, without a logarithm as in the paper.
-        pooling: see :class:`GaussianPooling`.
+        pooling: deviation of the Gaussian weights of the mean, in patches; 0: each patch alone.
         per_position: compare with healthy patches at the same position, for images that are about aligned; else with
             all healthy patches.
         covariance, rank, shrinkage: see :class:`~bundle.networks.density.SpatialARDensity`.
@@ -83,6 +44,7 @@ class PatchScore(nn.Module):
         BundleError: for an unknown scale, or a negative pooling.
     """
 
+    weights: Tensor
     mean: Tensor
     whitening: Tensor
     position_mean: Tensor
@@ -103,11 +65,16 @@ class PatchScore(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("score_scale", scale, SCALES)
-        self.pool = GaussianPooling(pooling, "residual_pooling")
+        if pooling < 0:
+            raise BundleError(f"residual_pooling is {pooling}: give 0 for none, or a number of patches such as 1.0")
         self.takes_logarithm = scale == "log_radius"
         self.per_position = per_position
         self.whitens = covariance in FITTED
         self.covariance, self.rank, self.shrinkage = covariance, rank, shrinkage
+        self.reach = math.ceil(2 * pooling)
+        distance = torch.arange(-self.reach, self.reach + 1) / max(pooling, 1e-6)
+        weights = torch.exp(-0.5 * distance.square())
+        self.register_buffer("weights", weights / weights.sum(), persistent=False)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("whitening", torch.eye(channels if self.whitens else 1))
         self.register_buffer("position_mean", torch.zeros(grid))
@@ -132,6 +99,23 @@ class PatchScore(nn.Module):
         else:
             square = pooled.float().square().mean(dim=1)
         return torch.log(square.clamp_min(1e-12)) if self.takes_logarithm else square
+
+    @torch.jit.export
+    def pool(self, residual: Tensor) -> Tensor:
+        """The mean of ``residual`` [B, C, h, w] over near patches, with Gaussian weights, in 32 bits."""
+        residual = residual.float()
+        if self.reach == 0:
+            return residual
+        size = 2 * self.reach + 1
+        padded = F.pad(residual, [self.reach, self.reach, self.reach, self.reach], mode="replicate")
+        height, width = residual.shape[2], residual.shape[3]
+        rows = padded[:, :, 0:height] * self.weights[0]
+        for step in range(1, size):
+            rows = rows + padded[:, :, step : step + height] * self.weights[step]
+        pooled = rows[:, :, :, 0:width] * self.weights[0]
+        for step in range(1, size):
+            pooled = pooled + rows[:, :, :, step : step + width] * self.weights[step]
+        return pooled
 
     @torch.jit.ignore
     @torch.no_grad()
