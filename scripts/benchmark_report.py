@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from matplotlib.transforms import Bbox
 
@@ -36,6 +37,7 @@ PLACES = [  # where a label may stand: offset in points, horizontal and vertical
     ((-6, 9), "right", "bottom"),
     ((-6, -9), "right", "top"),
 ]
+FAR_PLACES = [((-40, 25), "right", "bottom"), ((40, 25), "left", "bottom"), ((-40, -25), "right", "top")]
 
 
 def write_report(results: dict[str, Any], folder: Path) -> str:
@@ -365,9 +367,9 @@ def draw_runtime(results: dict[str, Any]) -> Figure:
             if row["ms"] is not None and row["accuracy"][protocol][precision][0] is not None
         ]
         for ms, height, deviation, method in points:
-            panel.errorbar(
-                ms, height, yerr=deviation, fmt="o", color=color_of(method, results), capsize=2, markersize=8
-            )
+            color = color_of(method, results)
+            order = 4 if color == REFERENCE else 3  # above all others
+            panel.errorbar(ms, height, yerr=deviation, fmt="o", color=color, capsize=2, markersize=8, zorder=order)
         panel.set_xscale("log")
         panel.set_title(set_words(name, data_set), loc="left", fontsize=11, fontweight="bold")
         panel.set(xlabel="ms per image", ylabel=f"{TITLES[precision]}, %")
@@ -402,16 +404,31 @@ def make_room(panel: Axes, x: list[float], y: list[float]) -> None:
 
 
 def label_points(figure: Figure, panel: Axes, points: list[tuple[float, float, str, str]]) -> None:
-    """Write the name beside each point where it covers no other and no point, and nowhere if there is no such place."""
+    """Write the name beside each point where it covers no other and no point, and nowhere if there is no such place.
+
+    The reference comes first, and may have its name further away, at the end of a line.
+    """
     renderer = FigureCanvasAgg(figure).get_renderer()
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in panel.transData.transform([one[:2] for one in points])]
     inside = panel.get_window_extent(renderer)
-    for x, y, name, color in sorted(points):
-        for offset, horizontal, vertical in PLACES:
+    for x, y, name, color in sorted(points, key=lambda point: (point[3] != REFERENCE, point)):
+        far = FAR_PLACES if color == REFERENCE else []
+        for place in [*PLACES, *far]:
+            offset, horizontal, vertical = place
+            line = {"arrowstyle": "-", "color": color, "linewidth": 0.8} if place in far else None
             text = panel.annotate(
-                name, (x, y), offset, textcoords="offset points", ha=horizontal, va=vertical, fontsize=8, color=color
+                name,
+                (x, y),
+                offset,
+                textcoords="offset points",
+                ha=horizontal,
+                va=vertical,
+                fontsize=8,
+                color=color,
+                arrowprops=line,
             )
-            box = text.get_window_extent(renderer)
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # without the line
             if inside.contains(*box.min) and inside.contains(*box.max) and not box.count_overlaps(taken):
                 text.set_in_layout(False)
                 taken.append(box)

@@ -29,7 +29,7 @@ from scripts.benchmark_bmad import (
     set_folders,
 )
 from scripts.benchmark_cells import last_words, measured
-from scripts.benchmark_report import label_points, summarize, write_report
+from scripts.benchmark_report import REFERENCE, label_points, summarize, write_report
 
 ROOT = Path(__file__).parents[1]
 CONFIG = load_config(ROOT / "configs/benchmark.json")
@@ -331,6 +331,16 @@ def test_a_point_in_a_crowd_has_no_name_rather_than_one_that_covers_others():
     assert "alone" in [text.get_text() for text in panel.texts]
     assert 1 < len(boxes) < 31
     assert not any(one.overlaps(other) for index, one in enumerate(boxes) for other in boxes[:index])
+
+
+def test_the_reference_keeps_its_name_in_a_crowd():
+    figure = Figure(figsize=(5, 4))
+    panel = figure.subplots()
+    panel.set(xlim=(0, 10), ylim=(0, 10))
+    figure.draw_without_rendering()
+    crowd = [(4 + index % 6 / 8, 4.6 + index // 6 / 6, f"one of many {index}", "black") for index in range(36)]
+    label_points(figure, panel, [*crowd, (4.4, 5.1, "ours", REFERENCE)])
+    assert "ours" in [text.get_text() for text in panel.texts]
 
 
 def test_a_failing_command_says_why(tmp_path):
