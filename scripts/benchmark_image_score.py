@@ -41,7 +41,7 @@ def score_healthy(checkpoint: Path, data: Path, knobs: dict[str, Any], noise: fl
         noise: deviation of the Rician noise, in parts of the intensity range.
 
     Raises:
-        BundleError: if the checkpoint does not fit, or there are fewer than three healthy test images.
+        BundleError: if the checkpoint does not fit, or there are fewer than four healthy test images.
     """
     set_determinism(0)
     files = [str(ROOT / name) for name in ("configs/train.json", EVALUATE)]
@@ -50,8 +50,8 @@ def score_healthy(checkpoint: Path, data: Path, knobs: dict[str, Any], noise: fl
     for name, value in {**given, **knobs}.items():
         parser[name] = value
     healthy = [case for case in parser.get_parsed_content("splits")["test"] if not case.get("label", "mask" in case)]
-    if len(healthy) < 3:
-        raise BundleError(f"'{data}' has {len(healthy)} healthy test images: at least 3 are needed")
+    if len(healthy) < 4:
+        raise BundleError(f"'{data}' has {len(healthy)} healthy test images: at least 4 are needed")
     noisy = RandRicianNoised("image", prob=1.0, std=noise, sample_std=False)
     parser["test::dataset::data"] = healthy
     clean = parser.get_parsed_content("preprocessing")
@@ -71,10 +71,8 @@ def score_healthy(checkpoint: Path, data: Path, knobs: dict[str, Any], noise: fl
 
 def explained(score: np.ndarray, cause: np.ndarray) -> float:
     """The share of the score's variance that a parabola in ``cause`` explains, adjusted for its three parameters."""
-    design = np.stack([np.ones_like(cause), cause, cause**2], axis=1)
-    residual = score - design @ np.linalg.lstsq(design, score, rcond=None)[0]
-    freedom = len(score) - np.linalg.matrix_rank(design)
-    return float(1 - residual.var() * (len(score) - 1) / (score.var() * freedom))
+    residual = score - np.polyval(np.polyfit(cause, score, 2), cause)
+    return float(1 - residual.var() * (len(score) - 1) / (score.var() * (len(score) - 3)))
 
 
 def positions(names: Iterable[str], pattern: str) -> np.ndarray | None:

@@ -224,6 +224,7 @@ def test_ct_windows_map_their_ends_to_0_and_1(window):
         (lambda: OrientSlicesd("image", "axail"), "did you mean 'axial'"),
         (lambda: ScaleForegroundPercentiles(90, 10), "lower < upper"),
         (lambda: ExtractSlicesd("image", [2, 1]), r"slice_range is \[2, 1\]"),
+        (lambda: ExtractSlicesd("image", 0.5), r"slice_range is 0.5: give"),
         (lambda: ExtractSlicesd("image", [0.5]), r"slice_range is \[0.5\]"),
         (lambda: ExtractSlicesd("image", min_foreground=-1), "min_foreground"),
     ],

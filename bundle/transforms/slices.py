@@ -89,8 +89,9 @@ class SliceChoice:
     """
 
     def __init__(self, slice_range: Sequence[float] = WHOLE, min_foreground: float = MIN_FOREGROUND) -> None:
-        if len(slice_range) != 2 or not 0 <= slice_range[0] < slice_range[1] <= 1:
-            raise BundleError(f"slice_range is {list(slice_range)}: give [first, last] with 0 <= first < last <= 1")
+        pair = isinstance(slice_range, Sequence) and len(slice_range) == 2
+        if not pair or not 0 <= slice_range[0] < slice_range[1] <= 1:
+            raise BundleError(f"slice_range is {slice_range}: give [first, last] with 0 <= first < last <= 1")
         if not 0 <= min_foreground <= 1:
             raise BundleError(f"min_foreground must be in [0, 1], got {min_foreground}: try {MIN_FOREGROUND}")
         self.first, self.last = slice_range
