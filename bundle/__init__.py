@@ -1,3 +1,3 @@
 """Components of the MONAI bundle ``dinov3_spatial_ar``; importing this package loads nothing heavy."""
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"

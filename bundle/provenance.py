@@ -6,12 +6,14 @@ import hashlib
 import os
 import subprocess
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from bundle import __version__
 from bundle.data.cases import Case
 from bundle.networks.detector import Detector
+from bundle.transforms.loading import files_of
 
 NAME = "dinov3_spatial_ar"
 _HEAD_BYTES = 2**20
@@ -22,11 +24,10 @@ def data_fingerprint(cases: Iterable[Case]) -> str:
     digest = hashlib.sha256()
     for case in cases:
         digest.update(case["name"].encode())
-        for file in (Path(case[key]) for key in ("image", "mask") if key in case):
-            for part in sorted(file.iterdir()) if file.is_dir() else [file]:
-                digest.update(str(part.stat().st_size).encode())
-                with part.open("rb") as stream:
-                    digest.update(stream.read(_HEAD_BYTES))
+        for part in chain.from_iterable(files_of(case[key]) for key in ("image", "mask") if key in case):
+            digest.update(str(part.stat().st_size).encode())
+            with part.open("rb") as stream:
+                digest.update(stream.read(_HEAD_BYTES))
     return digest.hexdigest()
 
 

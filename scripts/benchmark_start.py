@@ -29,13 +29,13 @@ from scripts.benchmark_speed import cpu_entries, processor
 ROOT = Path(__file__).parents[1]
 BACKBONE = "efficientnet_lite0"
 IMPORTS = ("torch", "monai.bundle")  # timed as processes of their own
-PARTS = ("torch", "ignite", "mlflow", "torchvision", "matplotlib.pyplot", "scipy.signal", "pandas", "sympy", "itk")
+PARTS = ("torch", "ignite", "mlflow", "torchvision", "matplotlib.pyplot", "scipy.signal", "pandas", "sympy", "highdicom")
 POLL = 0.01  # seconds
 
 
 def make_inputs(folder: Path) -> None:
     """A checkpoint with random density, and one picture of noise: what they hold does not change the time."""
-    preprocessing = {"intensity": "auto", "slice_plane": "axial"}  # as configs/inference.json has them
+    preprocessing = {"intensity": "auto", "slice_plane": "acquired"}  # as configs/inference.json has them
     features = FeatureNetwork(BACKBONE)
     detector = AnomalyDetector(features, SpatialARDensity(features.num_channels), preprocessing=preprocessing)
     save_checkpoint(detector, folder / "model.pt")

@@ -2,7 +2,7 @@
 
 from bundle.networks import AnomalyDetector, SpatialARDensity
 
-PREPROCESSING = {"intensity": "auto", "slice_plane": "axial", "slice_range": [0.0, 1.0], "min_foreground": 0.05}
+PREPROCESSING = {"intensity": "auto", "slice_plane": "acquired", "slice_range": [0.0, 1.0], "min_foreground": 0.05}
 OF_DETECTOR = (
     "tiles",
     "feature_pooling",

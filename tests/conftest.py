@@ -1,10 +1,12 @@
-"""Few threads and fixed seeds for every test, and a detector that is quick to build."""
+"""Few threads and fixed seeds for every test, a quick detector, and a real training on a tiny cohort."""
 
 import pytest
 import torch
 from builders import small_detector
+from commands import QUICK, TRAIN, succeed
 from monai.utils import set_determinism
 
+from bundle.data import make_sample_cohort
 from bundle.networks import FeatureNetwork
 
 
@@ -26,3 +28,25 @@ def features():
 def detector(features):
     torch.manual_seed(0)
     return small_detector(features)
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory):
+    return make_sample_cohort(
+        tmp_path_factory.mktemp("data") / "sample_cohort", train_subjects=10, valid_subjects=3, test_subjects=8
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(cohort, tmp_path_factory):
+    """A real training on the tiny cohort."""
+    output = tmp_path_factory.mktemp("trained")
+    done = succeed("training", TRAIN, dataset_dir=cohort / "slices", output_dir=output, **QUICK)
+    return output, done
+
+
+@pytest.fixture(scope="session")
+def knobs(trained):
+    """What later commands on the trained model need."""
+    names = ("backbone", "image_size", "hidden_channels", "device")
+    return {"checkpoint": trained[0] / "model.pt", **{name: QUICK[name] for name in names}}

@@ -180,7 +180,7 @@ def test_volumes_in_bmad_folders_are_found(tmp_path):
     [
         (lambda root: root / "missing", "no data at .*missing.*--dataset_dir"),
         (lambda root: root, "no image in"),
-        (lambda root: picture(root / "one.png") or root, "has 1 healthy image: at least 2"),
+        (lambda root: picture(root / "one.png") or root, "has 1 healthy image of one patient: at least 2"),
         (lambda root: (bmad(root) / "test/Ungood/label/t2.png").unlink() or root, r"no mask for .*t2\.png"),
         (lambda root: (root / "list.json").write_text("{") and root / "list.json", "cannot read datalist"),
         (lambda root: (root / "list.json").write_text("{}") and root / "list.json", "no training images"),

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
 import sqlite3
@@ -10,22 +9,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from commands import EVALUATE, INFER, QUICK, ROOT, TRAIN, command, environment, error_line, run, succeed
 from PIL import Image
 
-from bundle.data import make_sample_cohort
 from scripts.benchmark_image_score import explained
 
-ROOT = Path(__file__).parents[1]
-TRAIN = "configs/train.json"
-EVALUATE = "['configs/train.json','configs/evaluate.json']"
-INFER = "configs/inference.json"
-QUICK = {"backbone": "efficientnet_lite0", "image_size": 176, "hidden_channels": 64, "max_epochs": 8, "device": "cpu"}
 METRICS = {
     "pixel_auroc",
     "pixel_ap",
@@ -38,69 +31,9 @@ METRICS = {
 }
 
 
-def command(run_id, config, launcher=(), **knobs):
-    words = [f"--{name}={value}" for name, value in knobs.items()]
-    python = [sys.executable, *launcher, "-m", "monai.bundle", "run", run_id, "--config_file", config]
-    return [*python, *words]
-
-
-def environment(**extra):
-    clean = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "DINOV3_WEIGHTS")}
-    return {**clean, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", **extra}
-
-
-def run(run_id, config, cwd=ROOT, env=None, launcher=(), **knobs):
-    return subprocess.run(
-        command(run_id, config, launcher, **knobs),
-        cwd=cwd,
-        env=environment(**(env or {})),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-
-
-def succeed(*args, **kwargs):
-    done = run(*args, **kwargs)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def error_line(done):
-    """The one line that the command ends with."""
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr[-3000:]
-    return lines[0]
-
-
 def query(database, statement):
     with sqlite3.connect(database) as connection:
         return connection.execute(statement).fetchall()
-
-
-@pytest.fixture(scope="session")
-def cohort(tmp_path_factory):
-    return make_sample_cohort(
-        tmp_path_factory.mktemp("data") / "sample_cohort", train_subjects=10, valid_subjects=3, test_subjects=8
-    )
-
-
-@pytest.fixture(scope="session")
-def trained(cohort, tmp_path_factory):
-    """A real training on the tiny cohort."""
-    output = tmp_path_factory.mktemp("trained")
-    done = succeed("training", TRAIN, dataset_dir=cohort / "slices", output_dir=output, **QUICK)
-    return output, done
-
-
-@pytest.fixture(scope="session")
-def knobs(trained):
-    """What later commands on the trained model need."""
-    names = ("backbone", "image_size", "hidden_channels", "device")
-    return {"checkpoint": trained[0] / "model.pt", **{name: QUICK[name] for name in names}}
 
 
 def test_training_writes_model_metrics_scores_and_figures(trained):

@@ -180,7 +180,7 @@ def test_a_file_tells_which_precision_its_backbone_bears(exported, name):
 def test_other_preprocessing_is_refused(lite, name):
     other = {**PREPROCESSING, "slice_plane": "coronal"}
     message = refusal(load_exported, lite[1] / FORMATS[name], preprocessing=other)
-    assert "slice_plane 'axial'" in message
+    assert "slice_plane 'acquired'" in message
     assert "'coronal'" in message
 
 

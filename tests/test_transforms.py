@@ -95,7 +95,8 @@ def test_auto_intensity_windows_ct():
 
 def test_nothing_of_the_patient_is_kept_from_a_dicom_header():
     meta = LoadCased("image")({"image": get_testdata_file("CT_small.dcm")})["image"].meta
-    assert set(map(str, meta)) <= {"filename_or_obj", "modality", "affine", "space"}
+    known = {"filename_or_obj", "modality", "slice_axis", "files", "instances", "affine", "space"}
+    assert set(map(str, meta)) <= known
 
 
 @pytest.mark.parametrize("name", AFFINES)
@@ -245,7 +246,7 @@ def bad_files(folder):
     (folder / "text.dcm").write_text("not an image")
     return {
         "truncated.png": "cannot read .*truncated.png",
-        "pixel.png": r"pixel\.png' is 1x1 pixels: at least 16x16",
+        "pixel.png": r"pixel\.png' has slices of 1x1 pixels: at least 16x16",
         "rank4.nii.gz": "has 4 axes of 20x20x4x3",
         "nan.nii.gz": "holds NaN",
         "text.dcm": "cannot read .*text.dcm",

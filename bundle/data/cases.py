@@ -1,7 +1,8 @@
 """What to train, validate, test and infer on: from a folder or a datalist to lists of cases.
 
-A case is a dictionary: ``image`` (path), ``name`` (unique, used for outputs), and for labeled sets ``mask`` (path) and
-``label`` (1 if anomalous). All files are read once before work begins, so that a bad one is named in the first seconds.
+A case is a dictionary: ``image`` (path, or the files of a DICOM series), ``name`` (unique, used for outputs), for
+labeled sets ``mask`` (path) and ``label`` (1 if anomalous), and ``patient`` where a datalist says so. All files are
+read once before work begins, so that a bad one is named in the first seconds.
 """
 
 from __future__ import annotations
@@ -10,23 +11,22 @@ import json
 import logging
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import ignite.distributed as idist
-from pydicom import dcmread
-from pydicom.errors import InvalidDicomError
 from tqdm import tqdm
 
 from bundle.data.cohort import make_sample_cohort
 from bundle.data.store import content_key
 from bundle.distributed import gather, shard
 from bundle.errors import BundleError, check_choice, user_error
-from bundle.transforms.loading import DICOM_SUFFIXES, FLAT_SUFFIXES, SUFFIXES
+from bundle.transforms.loading import FLAT_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, Source, files_of, is_dicom_file
 
 Case: TypeAlias = dict[str, Any]
 
@@ -38,6 +38,7 @@ _SPLIT_FOLDERS = {"training": ("train",), "validation": ("valid", "val", "valida
 _CLASS_FOLDERS = {0: ("good",), 1: ("ungood", "bad", "anomaly")}
 _IMAGE_FOLDERS = ("img", "images", "image")
 _MASK_FOLDERS = ("label", "labels", "anomaly_mask", "mask", "masks")
+_BIDS_SUBJECT = re.compile(r"(?:^|[/_])(sub-[0-9a-zA-Z]+)(?=[/_.]|$)")
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,9 @@ def read_splits(
 
 
 def _is_in(store: Container[str] | None, case: Case) -> bool:
-    return store is not None and os.path.exists(case["image"]) and content_key(case["image"]) in store
+    if store is None or not all(file.exists() for file in files_of(case["image"])):
+        return False
+    return content_key(case["image"]) in store
 
 
 def find_splits(dataset_dir: str | os.PathLike, seed: int = 0, needed: Sequence[str] = SPLITS) -> dict[str, list[Case]]:
@@ -108,8 +111,10 @@ def find_splits(dataset_dir: str | os.PathLike, seed: int = 0, needed: Sequence[
     Args:
         dataset_dir: a folder in BMAD layout (``train/good``, ``valid``, ``test``, in any of BMAD's spellings), a folder
             of healthy images or volumes, or a MONAI datalist JSON with the lists ``training``, ``validation``,
-            ``test``, whose items have ``image`` and for tests ``label`` (0, 1, or the path of a mask) or ``mask``.
-        seed: chooses the healthy validation cases where the set brings none.
+            ``test``, whose items have ``image``, for tests ``label`` (0, 1, or the path of a mask) or ``mask``, and
+            perhaps ``patient``.
+        seed: chooses the healthy validation cases where the set brings none: all images of a patient or none. The
+            patient is that of the datalist, of the DICOM header, or the BIDS subject (``sub-...``) in the file's name.
         needed: the splits that are looked for; the others stay empty.
 
     Returns:
@@ -117,8 +122,9 @@ def find_splits(dataset_dir: str | os.PathLike, seed: int = 0, needed: Sequence[
         be chosen by anomalous ones.
 
     Raises:
-        BundleError: if the folder is missing or empty, a mask is missing, fewer than two healthy images are found, or
-            anomalous or test images lie where only healthy ones are looked for.
+        BundleError: if the folder is missing or empty, a mask is missing, healthy images of fewer than two patients are
+            found, a patient is in more than one split, or anomalous or test images lie where only healthy ones are
+            looked for.
     """
     path = Path(dataset_dir)
     if not path.exists():
@@ -166,15 +172,66 @@ def _healthy(splits: dict[str, list[Case]], path: Path, seed: int) -> dict[str, 
         raise BundleError(f"no training images in '{path}': put healthy images into train/good")
     validation = [case for case in splits["validation"] if _is_healthy(case)]
     if not validation:
-        if len(training) < 2:
-            raise BundleError(
-                f"'{path}' has {len(training)} healthy image: at least 2 are needed, one to train and one to calibrate"
-            )
-        training = random.Random(seed).sample(training, len(training))
-        count = max(1, round(VALIDATION_SHARE * len(training)))
-        training, validation = training[count:], training[:count]
-        logger.info(f"no healthy validation images in '{path}': {count} of the training images serve")
+        training, validation = _by_patient(training, path, seed)
+        logger.info(f"no healthy validation images in '{path}': {len(validation)} of the training images serve")
+    _check_patients({"training": training, "validation": validation, "test": splits["test"]})
     return {"training": training, "validation": validation}
+
+
+def _by_patient(cases: list[Case], path: Path, seed: int) -> tuple[list[Case], list[Case]]:
+    """Training and validation, a tenth of the images or a few more, since no patient is in both."""
+    cases = random.Random(seed).sample(cases, len(cases))
+    owners: dict[str, list[Case]] = {}
+    for case in cases:
+        owners.setdefault(_patient(case) or case["name"], []).append(case)
+    if len(owners) < 2:
+        raise BundleError(
+            f"'{path}' has {len(cases)} healthy image{'s' * (len(cases) > 1)} of one patient: at least 2 patients are "
+            "needed, one to train and one to calibrate"
+        )
+    count = max(1, round(VALIDATION_SHARE * len(cases)))
+    validation: list[Case] = []
+    for own in list(owners.values())[:-1]:
+        if len(validation) < count:
+            validation += own
+    chosen = {id(case) for case in validation}
+    return [case for case in cases if id(case) not in chosen], validation
+
+
+def _check_patients(splits: dict[str, list[Case]]) -> None:
+    """No patient may be in two splits: a network that knows the patient finds the patient healthy."""
+    seen: dict[str, tuple[str, Case]] = {}
+    for split, cases in splits.items():
+        for case in cases:
+            patient = _patient(case)
+            if patient is None:
+                continue
+            first, other = seen.setdefault(patient, (split, case))
+            if first != split:
+                raise BundleError(
+                    f"'{_place(other)}' ({first}) and '{_place(case)}' ({split}) are of one patient: move all images "
+                    "of a patient into one split"
+                )
+
+
+def _patient(case: Case) -> str | None:
+    """Whose image it is, if that is known; never shown."""
+    if "patient" in case:
+        return str(case["patient"])
+    subject = _BIDS_SUBJECT.search(Path(case["name"]).as_posix())
+    if subject:
+        return subject[1]
+    file = files_of(case["image"])[:1]
+    if not file or str(file[0]).lower().endswith((*FLAT_SUFFIXES, *NIFTI_SUFFIXES)):
+        return None
+    from bundle.dicom.series import patient_of  # highdicom is not everywhere
+
+    return patient_of(file[0])
+
+
+def _place(case: Case) -> str:
+    """What a person finds the image by."""
+    return str(case["image"] if isinstance(case["image"], str) else Path(case["image"][0]).parent)
 
 
 def find_images(dataset_dir: str | os.PathLike) -> list[Case]:
@@ -232,7 +289,7 @@ def readable(cases: list[Case], transform: Callable[[Case], Any], on_error: str 
         logger.warning(f"skipped {len(problems)} of {len(cases)} images that cannot be read")
     if cases and not good:
         raise BundleError(
-            f"none of {len(cases)} images can be read, the first is '{cases[0]['image']}': check the files"
+            f"none of {len(cases)} images can be read, the first is '{_place(cases[0])}': check the files"
         )
     return good
 
@@ -242,23 +299,34 @@ def _is_healthy(case: Case) -> bool:
     return not case.get("label", "mask" in case)
 
 
+class _Found(NamedTuple):
+    """An image: what it is read from, and the path that it is named by."""
+
+    source: Source
+    path: Path
+
+
 def _unlabeled(path: Path) -> list[Case]:
-    files = [path] if path.is_file() else list(_images_below(path))
-    if not files:
+    found = [_Found(str(path), path)] if path.is_file() else list(_images_below(path))
+    if not found:
         raise BundleError(f"no image in '{path}': put {', '.join(SUFFIXES)} files there, or give another folder")
-    return _named([{"image": str(file)} for file in files], path if path.is_dir() else path.parent)
+    return _named(
+        [{"image": image.source} for image in found],
+        [image.path for image in found],
+        path if path.is_dir() else path.parent,
+    )
 
 
 def _from_bmad(root: Path) -> dict[str, list[Case]]:
     splits = {}
     for split in SPLITS:
         folder = _subfolder(root, _SPLIT_FOLDERS[split])
-        cases = [] if folder is None else [case for label in (0, 1) for case in _bmad_class(folder, label)]
-        splits[split] = _named(cases, root)
+        found = [] if folder is None else [one for label in (0, 1) for one in _bmad_class(folder, label)]
+        splits[split] = _named([case for case, _ in found], [path for _, path in found], root)
     return splits
 
 
-def _bmad_class(split: Path, label: int) -> Iterator[Case]:
+def _bmad_class(split: Path, label: int) -> Iterator[tuple[Case, Path]]:
     """The cases of one class in ``split``, from ``good/img``, ``good`` itself, or ``img/good``."""
     by_kind = _subfolder(split, _IMAGE_FOLDERS)  # img/good and label/good
     if by_kind:
@@ -273,15 +341,15 @@ def _bmad_class(split: Path, label: int) -> Iterator[Case]:
         has_masks = masks is not None
     if images is None:
         return
-    by_stem = {_stem(file): file for file in _images_below(masks)} if masks else {}
+    by_stem = {_stem(mask.path): mask.source for mask in _images_below(masks)} if masks else {}
     for image in _images_below(images):
-        case: Case = {"image": str(image), "label": label}
-        mask = by_stem.get(_stem(image))
+        case: Case = {"image": image.source, "label": label}
+        mask = by_stem.get(_stem(image.path))
         if mask is not None:
-            case["mask"] = str(mask)
+            case["mask"] = mask
         elif label == 1 and has_masks:
-            raise BundleError(f"no mask for '{image}': put a file of the same name into '{masks or mask_root}'")
-        yield case
+            raise BundleError(f"no mask for '{image.path}': put a file of the same name into '{masks or mask_root}'")
+        yield case, image.path
 
 
 def _from_datalist(path: Path) -> dict[str, list[Case]]:
@@ -292,7 +360,8 @@ def _from_datalist(path: Path) -> dict[str, list[Case]]:
     splits = {}
     for split in SPLITS:
         items = lists.get(split) or (lists.get("testing") if split == "test" else None) or []
-        splits[split] = _named([_datalist_case(item, split, path) for item in items], path.parent)
+        cases = [_datalist_case(item, split, path) for item in items]
+        splits[split] = _named(cases, [Path(_place(case)) for case in cases], path.parent)
     return splits
 
 
@@ -300,37 +369,53 @@ def _datalist_case(item: Any, split: str, datalist: Path) -> Case:
     item = item if isinstance(item, dict) else {"image": item}
     if "image" not in item:
         raise BundleError(f"an item of '{split}' in '{datalist}' has no 'image': {json.dumps(item)[:100]}")
-    case: Case = {"image": str(datalist.parent / item["image"])}
+    image = item["image"]
+    case: Case = {
+        "image": [str(datalist.parent / file) for file in image]
+        if isinstance(image, list)
+        else str(datalist.parent / image)
+    }
+    if "patient" in item:
+        case["patient"] = item["patient"]
     label = item.get("label")
     mask = item.get("mask", label if isinstance(label, str) else None)
     if mask is not None:
         case["mask"] = str(datalist.parent / mask)
     if isinstance(label, (int, float)):
         if label not in (0, 1):
-            raise BundleError(f"label {label} of '{case['image']}' in '{datalist}' must be 0, 1 or the path of a mask")
+            raise BundleError(f"label {label} of '{_place(case)}' in '{datalist}' must be 0, 1 or the path of a mask")
         case["label"] = int(label)
     return case
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    """Image files below ``folder`` in order of name; a folder of one DICOM series is one image."""
+def _images_below(folder: Path) -> Iterator[_Found]:
+    """Images below ``folder`` in order of name; a DICOM series is one image, in whatever folders its files lie."""
+    others, dicom = [], []
     for directory, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(name for name in subfolders if name.lower() not in _MASK_FOLDERS)
-        files = [Path(directory) / name for name in sorted(names)]
-        slices = [file for file in files if file.name.lower().endswith(DICOM_SUFFIXES)]
-        if len(slices) > 1 and len({_series(file) for file in slices}) == 1:
-            yield Path(directory)
-            files = [file for file in files if file not in slices]
-        yield from (file for file in files if file.name.lower().endswith(SUFFIXES))
+        for file in (Path(directory) / name for name in sorted(names)):
+            if is_dicom_file(file):
+                dicom.append(file)
+            elif file.name.lower().endswith(SUFFIXES):
+                others.append(_Found(str(file), file))
+    yield from sorted([*others, *_series_of(dicom)], key=lambda image: image.path)
 
 
-def _series(file: Path) -> str:
-    try:
-        return str(
-            dcmread(file, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]).get("SeriesInstanceUID", file)
-        )
-    except (InvalidDicomError, OSError):
-        return str(file)
+def _series_of(files: list[Path]) -> list[_Found]:
+    """The series of DICOM ``files``, by the name of the folder that is theirs alone, or ``folder/series-NUMBER``."""
+    if not files:
+        return []
+    from bundle.dicom.series import group_series  # highdicom is not everywhere
+
+    groups = group_series(files)
+    folders = [Path(os.path.commonpath([file.parent for file in group.files])) for group in groups]
+    shared = Counter(folders)
+    return [
+        _Found(str(group.files[0]), group.files[0])
+        if len(group.files) == 1
+        else _Found([str(file) for file in group.files], folder if shared[folder] == 1 else folder / group.name)
+        for group, folder in zip(groups, folders, strict=True)
+    ]
 
 
 def _stem(file: Path) -> str:
@@ -339,14 +424,13 @@ def _stem(file: Path) -> str:
     return file.name[: len(file.name) - len(suffix)]
 
 
-def _named(cases: list[Case], root: Path) -> list[Case]:
+def _named(cases: list[Case], paths: list[Path], root: Path) -> list[Case]:
     """Give each case its path below ``root`` without suffix as name; suffixes stay where two names would be equal."""
-    files = [Path(case["image"]) for case in cases]
-    short = [_below(file.with_name(_stem(file)), root) for file in files]
+    short = [_below(path.with_name(_stem(path)), root) for path in paths]
     count = Counter(short)
     taken: Counter[str] = Counter()
-    for case, name, file in zip(cases, short, files, strict=True):
-        name = name if count[name] == 1 else _below(file, root).replace(".", "_")
+    for case, name, path in zip(cases, short, paths, strict=True):
+        name = name if count[name] == 1 else _below(path, root).replace(".", "_")
         taken[name] += 1
         case["name"] = name if taken[name] == 1 else f"{name}_{taken[name]}"
     return cases

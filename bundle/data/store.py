@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bundle import __version__
 from bundle.errors import BundleError, check_choice
+from bundle.transforms.loading import Source, files_of
 
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SHARD_BYTES = 2**24  # what waits in memory and what an interruption loses at most; a file that opens fast
@@ -219,11 +220,10 @@ class EmbeddingStore:
             )
 
 
-def content_key(path: str | os.PathLike) -> str:
-    """SHA-256 (hex) of a file, or of all files of a folder in order of name."""
-    source = Path(path)
+def content_key(source: Source) -> str:
+    """SHA-256 (hex) of a file, or of all files of a folder or a DICOM series in order of name."""
     digest = hashlib.sha256()
-    for part in sorted(source.iterdir()) if source.is_dir() else [source]:
+    for part in files_of(source):
         with part.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.data.image_reader import ImageReader, ITKReader, NibabelReader, PILReader
-from monai.transforms import EnsureChannelFirst, MapTransform
+from monai.data.image_reader import NibabelReader, PILReader
+from monai.transforms import MapTransform
 from PIL import Image
+from pydicom.misc import is_dicom
 
 from bundle.errors import BundleError
 
@@ -23,6 +24,37 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 SUFFIXES = (*NIFTI_SUFFIXES, *FLAT_SUFFIXES, *DICOM_SUFFIXES)
 
 MIN_SIDE = 16  # pixels; less than one patch of any backbone holds nothing to map
+THICKER = 1.1  # times the other two sides of a voxel: only then they tell along which axis slices were acquired
+
+Source: TypeAlias = str | os.PathLike | Sequence[str]
+"""A file, a folder with one DICOM series, or the files of one."""
+
+
+def is_dicom_file(file: str | os.PathLike) -> bool:
+    """Whether a file is DICOM, by its suffix or, whatever its name, by its content; an index (DICOMDIR) is not."""
+    name = Path(file).name
+    if name.lower().endswith(SUFFIXES) or name.upper() == "DICOMDIR":
+        return name.lower().endswith(DICOM_SUFFIXES)
+    return is_dicom(Path(file))
+
+
+def files_of(source: Source) -> list[Path]:
+    """The files of a source, those of a folder in order of name; a file that is missing is among them."""
+    if not isinstance(source, (str, os.PathLike)):
+        return [Path(file) for file in source]
+    path = Path(source)
+    return sorted(path.iterdir()) if path.is_dir() else [path]
+
+
+class _Pixels(NamedTuple):
+    """What a reader gives: values [C, x, y, slices] and the entries of ``meta`` that are kept of the header."""
+
+    values: np.ndarray
+    affine: np.ndarray
+    modality: str = ""
+    slice_axis: int | None = None
+    files: tuple[str, ...] = ()
+    instances: tuple[int, ...] = ()
 
 
 class LoadCased(MapTransform):
@@ -30,94 +62,165 @@ class LoadCased(MapTransform):
 
     A flat image is a volume of one slice. x and y are in the order of MONAI's readers (x first), see
     :class:`~bundle.transforms.OrientSlicesd` for the order that the networks see. ``meta`` holds ``modality``
-    (``"8bit"`` for 8-bit images, the DICOM modality, or ``""``) and the affine, in mm for NIfTI and DICOM; pixels of
-    other formats have side 1.
+    (``"8bit"`` for 8-bit images, the DICOM modality, or ``""``), ``slice_axis`` (of x, y, slices, the one along which
+    slices were acquired: see :func:`acquisition_axis`; None for images without geometry), of a DICOM series its
+    ``files`` and the ``instances`` (InstanceNumber) of its slices, and the affine in mm, where pictures have pixels of
+    side 1.
 
     Args:
-        keys: what to load, paths to files, or to a folder with one DICOM series.
+        keys: what to load: see :data:`Source`.
+        channel: the volume of a 4D NIfTI file to take, from 0; None: 4D files are refused. 3D files have one.
         allow_missing_keys: do not fail where a case has no such key.
 
     Raises:
         BundleError: one line with the file and the remedy if it is missing, unreadable, truncated, of another rank than
             2 or 3, smaller than 16x16, or holds NaN or infinite pixels; if a mask has another size or affine than its
-            image.
+            image; if a DICOM series is no regular volume (see :mod:`bundle.dicom.series`).
     """
 
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, channel: int | None = None, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
+        if channel is not None and (not isinstance(channel, int) or channel < 0):
+            raise BundleError(f"channel is {channel!r}: give the volume of a 4D file, a number from 0, or null")
+        self.channel = channel
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace each path of ``data`` by what it holds."""
         loaded = dict(data)
-        shapes = {}
         for key in self.key_iterator(loaded):
-            path = loaded[key]
-            loaded[key] = load_case(path)
-            shapes[path] = tuple(loaded[key].shape[1:])
-        if len(set(shapes.values())) > 1:
-            sizes = ", ".join(f"'{path}' {'x'.join(map(str, shape))}" for path, shape in shapes.items())
-            raise BundleError(f"image and mask differ in size ({sizes}): give a mask on the grid of its image")
-        placed = {
-            loaded[key].meta["filename_or_obj"]: loaded[key].affine
-            for key in self.key_iterator(loaded)
-            if not str(loaded[key].meta["filename_or_obj"]).lower().endswith(FLAT_SUFFIXES)
-        }
-        affines = list(placed.values())
-        if any(not torch.allclose(affine, affines[0], atol=1e-2) for affine in affines[1:]):
-            raise BundleError(
-                f"image and mask lie at different places by their affines ({', '.join(map(repr, placed))}): "
-                "give a mask on the grid of its image"
-            )
+            loaded[key] = load_case(loaded[key], self.channel)
+        _check_same_grid([loaded[key] for key in self.key_iterator(loaded)])
         return loaded
 
 
-def load_case(path: str | os.PathLike) -> MetaTensor:
-    """One file as [C, x, y, slices], see :class:`LoadCased`."""
-    if not os.path.exists(path):
-        raise BundleError(f"no file at '{path}': check the path")
-    reader, kind = _reader_of(Path(path))
-    try:
-        pixels, header = reader.get_data(reader.read(path))
-        image = cast(
-            MetaTensor,
-            EnsureChannelFirst()(MetaTensor(torch.from_numpy(np.array(pixels, dtype=np.float32)), meta=header)),
+def load_case(source: Source, channel: int | None = None) -> MetaTensor:
+    """One image or volume as [C, x, y, slices], see :class:`LoadCased`."""
+    files = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    for file in files:
+        if not os.path.exists(file):
+            raise BundleError(f"no file at '{file}': check the path")
+    place = str(files[0] if len(files) == 1 else Path(files[0]).parent)
+    name = place.lower()
+    if len(files) == 1 and name.endswith(NIFTI_SUFFIXES):
+        found = _read(place, _read_nifti, place, channel)
+    elif len(files) == 1 and name.endswith(FLAT_SUFFIXES):
+        found = _read(place, _read_picture, place)
+    else:
+        found = _read(place, _read_dicom, [Path(file) for file in files])
+    values = torch.from_numpy(found.values)
+    across = 2 if found.slice_axis is None else found.slice_axis
+    sides = [side for axis, side in enumerate(values.shape[1:]) if axis != across]
+    if min(sides) < MIN_SIDE:
+        raise BundleError(
+            f"'{place}' has slices of {sides[0]}x{sides[1]} pixels: at least {MIN_SIDE}x{MIN_SIDE} are needed"
         )
+    if not torch.isfinite(values).all():
+        raise BundleError(f"'{place}' holds NaN or infinite pixels: clean it, or skip such files with --on_error skip")
+    # of the header nothing else is kept: the rest of a DICOM header is about the patient
+    meta: dict[str, Any] = {"filename_or_obj": place, "modality": found.modality, "slice_axis": found.slice_axis}
+    if found.files:
+        meta |= {"files": found.files, "instances": found.instances}
+    return MetaTensor(values, affine=torch.from_numpy(found.affine), meta=meta)
+
+
+def acquisition_axis(spacing: Sequence[float], told: int | None = None) -> int:
+    """The axis, of three, along which slices were acquired.
+
+    It is what the header tells, else that of the largest ``spacing`` (mm) if it clearly is, else the last, along which
+    converters and scanners stack slices.
+    """
+    if told is not None:
+        return told
+    thickest = int(np.argmax(spacing))
+    others = [side for axis, side in enumerate(spacing) if axis != thickest]
+    return thickest if spacing[thickest] > THICKER * max(others) else 2
+
+
+def _read(place: str, reader: Callable[..., _Pixels], *arguments: Any) -> _Pixels:
+    try:
+        return reader(*arguments)
+    except BundleError:
+        raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BundleError(
-            f"cannot read '{path}' ({reason}): replace the file, or skip such files with --on_error skip"
+            f"cannot read '{place}' ({reason}): replace the file, or skip such files with --on_error skip"
         ) from error
-    if image.ndim == 3:
-        image = cast(MetaTensor, image[..., None])
-    # color is for pictures: a fourth axis of a volume is time or contrast
-    if image.ndim != 4 or image.shape[0] not in ((1,) if kind == "nifti" else (1, 3)):
+
+
+def _read_nifti(path: str, channel: int | None) -> _Pixels:
+    reader = NibabelReader()
+    image = reader.read(path)
+    volumes = image.shape[3] if len(image.shape) == 4 else 1
+    if len(image.shape) == 4 and volumes > 1:
+        if channel is None:
+            raise BundleError(
+                f"'{path}' has 4 axes of {'x'.join(map(str, image.shape))}: choose one of its {volumes} volumes with "
+                "--channel"
+            )
+        if channel >= volumes:
+            raise BundleError(f"'{path}' has {volumes} volumes, but channel is {channel}: give 0 to {volumes - 1}")
+    if len(image.shape) not in (2, 3, 4):
         raise BundleError(
-            f"'{path}' has {pixels.ndim} axes of {'x'.join(map(str, pixels.shape))}: give a 2D image or a 3D volume, "
-            "one of a 4D file"
+            f"'{path}' has {len(image.shape)} axes of {'x'.join(map(str, image.shape))}: give a 2D image or a 3D volume"
         )
-    if min(image.shape[1:3]) < MIN_SIDE:
-        raise BundleError(
-            f"'{path}' is {image.shape[1]}x{image.shape[2]} pixels: at least {MIN_SIDE}x{MIN_SIDE} are needed"
-        )
-    if not torch.isfinite(image.as_tensor()).all():
-        raise BundleError(f"'{path}' holds NaN or infinite pixels: clean it, or skip such files with --on_error skip")
+    if len(image.shape) == 4:
+        image = image.slicer[..., channel if volumes > 1 else 0]
+    values, header = reader.get_data(image)
+    values = np.asarray(values, dtype=np.float32)
+    values = values[..., None] if values.ndim == 2 else values
+    told = image.header.get_dim_info()[2] if hasattr(image.header, "get_dim_info") else None
+    affine = np.asarray(header["affine"], dtype=np.float64)
+    axis = 2 if values.shape[2] == 1 else acquisition_axis(np.linalg.norm(affine[:3, :3], axis=0).tolist(), told)
+    return _Pixels(values[None], affine, slice_axis=axis)
+
+
+def _read_picture(path: str) -> _Pixels:
+    reader = PILReader(converter=_to_gray_or_rgb)
+    values, header = reader.get_data(reader.read(path))
+    values = np.asarray(values, dtype=np.float32)
+    values = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
     # rows run down and columns to the right of a picture, as posterior and left do in a radiological display
-    affine = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0])) if kind == "flat" else image.affine
-    # of the header nothing else is kept: the rest of a DICOM header is about the patient
-    return MetaTensor(
-        image.as_tensor(),
-        affine=affine.to(torch.float64),
-        meta={"filename_or_obj": str(path), "modality": _modality(header, kind)},
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    return _Pixels(np.ascontiguousarray(values[..., None]), affine, "8bit" if header["mode"] in ("L", "RGB") else "")
+
+
+def _read_dicom(files: list[Path]) -> _Pixels:
+    # highdicom needs pydicom 3, which not every server that runs this bundle on NIfTI has
+    from bundle.dicom.series import group_series, read_volume
+
+    if len(files) == 1 and files[0].is_dir():
+        folder = files[0]
+        series = group_series([file for file in files_of(folder) if file.is_file() and is_dicom_file(file)])
+        if len(series) != 1:
+            raise BundleError(
+                f"'{folder}' holds {len(series)} DICOM series and other objects: give the folder of one series, or "
+                "--dataset_dir the folder for all of them"
+            )
+        files = series[0].files
+    volume = read_volume(files)
+    return _Pixels(
+        volume.pixels,
+        volume.affine,
+        volume.modality,
+        2 if volume.positioned else None,
+        tuple(map(str, volume.files)),
+        tuple(volume.instances),
     )
 
 
-def _reader_of(path: Path) -> tuple[ImageReader, str]:
-    name = path.name.lower()
-    if name.endswith(NIFTI_SUFFIXES):
-        return NibabelReader(), "nifti"
-    if name.endswith(FLAT_SUFFIXES):
-        return PILReader(converter=_to_gray_or_rgb), "flat"
-    return ITKReader(), "dicom"
+def _check_same_grid(images: Sequence[MetaTensor]) -> None:
+    """Image and mask have one size, and lie at one place if both have a place."""
+    sizes = {str(image.meta["filename_or_obj"]): tuple(image.shape[1:]) for image in images}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"'{path}' {'x'.join(map(str, shape))}" for path, shape in sizes.items())
+        raise BundleError(f"image and mask differ in size ({listed}): give a mask on the grid of its image")
+    placed = [image for image in images if not str(image.meta["filename_or_obj"]).lower().endswith(FLAT_SUFFIXES)]
+    if any(not torch.allclose(image.affine, placed[0].affine, atol=1e-2) for image in placed[1:]):
+        names = ", ".join(repr(image.meta["filename_or_obj"]) for image in placed)
+        raise BundleError(
+            f"image and mask lie at different places by their affines ({names}): give a mask on the grid of its image"
+        )
 
 
 def _to_gray_or_rgb(image: Image.Image) -> Image.Image:
@@ -128,9 +231,3 @@ def _to_gray_or_rgb(image: Image.Image) -> Image.Image:
     converted = image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
     converted.format = image.format
     return converted
-
-
-def _modality(header: Mapping[str, Any], kind: str) -> str:
-    if kind == "flat":
-        return "8bit" if header["mode"] in ("L", "RGB") else ""
-    return str(header.get("0008|0060", "")).strip() if kind == "dicom" else ""

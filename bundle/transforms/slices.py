@@ -17,6 +17,7 @@ from bundle.errors import BundleError, check_choice
 WHOLE = (0.0, 1.0)  # the range of all slices
 MIN_FOREGROUND = 0.05
 
+ACQUIRED = "acquired"
 PLANES = {
     # directions of rows, columns and slices, as radiologists look at them
     "axial": "PLS",
@@ -24,8 +25,8 @@ PLANES = {
     "sagittal": "IPL",
 }
 
-# the plane of a single slice, by the direction of its normal
-_OWN_PLANE = {
+# the plane of slices, by the direction along which they are stacked
+_STACKED = {
     **dict.fromkeys("SI", PLANES["axial"]),
     **dict.fromkeys("AP", PLANES["coronal"]),
     **dict.fromkeys("LR", PLANES["sagittal"]),
@@ -36,20 +37,20 @@ class OrientSlicesd(MapTransform, InvertibleTransform):
     """Turn [C, x, y, z] to [C, rows, columns, slices] of an anatomical plane, in radiological display order.
 
     A volume is flipped and permuted by its affine, so that the same anatomy looks the same from every file; nothing is
-    resampled. An image of one slice keeps its own plane; rows of a picture run down, columns to the right. The inverse
-    restores the axes of the file.
+    resampled. Rows of a picture run down, columns to the right. The inverse restores the axes of the file.
 
     Args:
         keys: images as :class:`~bundle.transforms.LoadCased` gives them.
-        plane: ``axial``, ``coronal`` or ``sagittal``.
+        plane: ``acquired`` (that of the slices as they were acquired, by the ``slice_axis`` of the image), ``axial``,
+            ``coronal`` or ``sagittal``.
 
     Raises:
-        BundleError: for an unknown plane, with the closest name.
+        BundleError: for an unknown plane, with the closest name; for a single slice of another plane.
     """
 
-    def __init__(self, keys: KeysCollection, plane: str = "axial", allow_missing_keys: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, plane: str = ACQUIRED, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.axcodes = PLANES[check_choice("slice_plane", plane, PLANES)]
+        self.plane = check_choice("slice_plane", plane, (ACQUIRED, *PLANES))
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Orient each key of ``data``."""
@@ -57,10 +58,21 @@ class OrientSlicesd(MapTransform, InvertibleTransform):
         for key in self.key_iterator(oriented):
             image = oriented[key]
             own = "".join(nib.orientations.aff2axcodes(image.affine))
-            target = _OWN_PLANE[own[2]] if image.shape[-1] == 1 else self.axcodes
-            oriented[key] = _orient(image, target)
+            oriented[key] = _orient(image, self._target(image, own))
             self.push_transform(oriented[key], extra_info={"axcodes": own})
         return oriented
+
+    def _target(self, image: MetaTensor, own: str) -> str:
+        axis = image.meta.get("slice_axis")
+        acquired = _STACKED[own[2 if axis is None else axis]]
+        if self.plane == ACQUIRED or axis is None:
+            return acquired
+        if image.shape[-1] == 1 and acquired != PLANES[self.plane]:
+            raise BundleError(
+                f"'{image.meta.get('filename_or_obj')}' is a single slice of another plane than slice_plane "
+                f"'{self.plane}': give a volume, or slice_plane '{ACQUIRED}'"
+            )
+        return PLANES[self.plane]
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Give each key of ``data`` the axes that its file has."""

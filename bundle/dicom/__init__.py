@@ -1,0 +1,1 @@
+"""DICOM: series to volumes, and detections to objects that archives and viewers take."""

@@ -1,0 +1,363 @@
+"""What a detection leaves in an archive: segmentation, parametric map, fused overlay and structured report.
+
+All objects stand in the study of their source images, with its patient and frame of reference, refer to the images they
+were made from, and say which algorithm, version and model made them. Arrays are [slices, rows, columns] in the order of
+:func:`bundle.dicom.series.read_headers`, and so are the ``sources``: the single-frame headers of a series, or the one
+header of a multi-frame image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import highdicom as hd
+import numpy as np
+from highdicom import seg, sr
+from pydicom import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+from pydicom.uid import RLELossless
+
+from bundle.dicom.series import PRODUCT, frame_numbers, read_headers, volume_geometry
+
+MANUFACTURER = "dinov3_spatial_ar team"
+SCHEME = "99DINOV3AR"  # of the concepts that no public scheme has
+ANOMALY_SCORE = Code("anomaly-score", SCHEME, "Anomaly score")
+THRESHOLD = Code("anomaly-threshold", SCHEME, "Threshold of the anomaly score")
+SLICE_SCORE = Code("slice-anomaly-score", SCHEME, "Anomaly score of a slice")
+Z_SCORE = Code("anomaly-z-score", SCHEME, "Standard deviations above healthy patches")
+_GRAY_LEVELS = 2**16 - 1
+
+
+MASK_FILE, MAP_FILE, REPORT_FILE = "{}_seg.dcm", "{}_heatmap.dcm", "{}_report.dcm"
+OVERLAY_FOLDER, OVERLAY_FILE = "{}_overlay", "IM{:04d}.dcm"
+
+
+class Algorithm(NamedTuple):
+    """What made a result.
+
+    Attributes:
+        version: of this bundle.
+        weights: SHA-256 of the backbone's weights, or what stands for it.
+        model: SHA-256 of the trained model's file.
+    """
+
+    version: str
+    weights: str
+    model: str
+
+
+class Findings(NamedTuple):
+    """What is known of a study, in the order of its slices.
+
+    Attributes:
+        anomaly_map: [slices, rows, columns] float, standard deviations above healthy patches.
+        pictures: [slices, rows, columns, 3] uint8, the slices under their heat map.
+        threshold: of the map; what exceeds it is the mask.
+        score: of the study.
+        image_threshold: of the score.
+        slice_scores: [slices]; empty if the network saw slices of another plane.
+        worst: indices of the slices to name, the worst first.
+    """
+
+    anomaly_map: np.ndarray
+    pictures: np.ndarray
+    threshold: float
+    score: float
+    image_threshold: float
+    slice_scores: Sequence[float] = ()
+    worst: Sequence[int] = ()
+
+
+def write_objects(stem: str | os.PathLike, files: Sequence[Path], found: Findings, algorithm: Algorithm) -> None:
+    """Write all objects of a study: ``STEM_seg.dcm``, ``STEM_heatmap.dcm``, ``STEM_report.dcm``, ``STEM_overlay/``.
+
+    Args:
+        stem: path and first part of the names.
+        files: of the series.
+        found: in the order of :func:`~bundle.dicom.series.read_headers` of ``files``.
+        algorithm: what found it.
+
+    Raises:
+        BundleError: if the images have no position in a patient.
+    """
+    sources = read_headers(files)
+    mask = segmentation(sources, found.anomaly_map > found.threshold, algorithm)
+    mask.save_as(MASK_FILE.format(stem))
+    parametric_map(sources, found.anomaly_map, found.threshold, algorithm).save_as(MAP_FILE.format(stem))
+    report(sources, found.score, found.image_threshold, found.slice_scores, found.worst, mask, algorithm).save_as(
+        REPORT_FILE.format(stem)
+    )
+    folder = Path(OVERLAY_FOLDER.format(stem))
+    folder.mkdir()
+    for number, image in enumerate(overlay_series(sources, found.pictures, algorithm), start=1):
+        image.save_as(folder / OVERLAY_FILE.format(number))
+
+
+def segmentation(sources: Sequence[Dataset], mask: np.ndarray, algorithm: Algorithm) -> seg.Segmentation:
+    """The mask as a binary DICOM SEG with the one segment 'anomaly'.
+
+    Args:
+        sources: of ``mask``.
+        mask: [slices, rows, columns] bool; may be empty.
+        algorithm: what made it.
+    """
+    segment = seg.SegmentDescription(
+        segment_number=1,
+        segment_label="anomaly",
+        segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+        segmented_property_type=codes.SCT.Lesion,
+        algorithm_type=seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=_identification(algorithm),
+        tracking_uid=hd.UID(),
+        tracking_id="anomaly",
+    )
+    return seg.Segmentation(
+        source_images=list(sources),
+        pixel_array=_volume(sources, mask.astype(np.uint8)),
+        segmentation_type=seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=[segment],
+        content_label="ANOMALY",
+        content_description="Where the anomaly map exceeds the threshold of the model",
+        omit_empty_frames=bool(mask.any()),
+        **_series(sources, 1, "Anomaly mask"),
+        **_equipment(algorithm),
+    )
+
+
+def parametric_map(
+    sources: Sequence[Dataset], anomaly_map: np.ndarray, threshold: float, algorithm: Algorithm
+) -> hd.pm.ParametricMap:
+    """The anomaly map as a DICOM Parametric Map.
+
+    Values are stored in 16 bits with a real world value map (slope and intercept), since few viewers show float pixels;
+    they come back to 1/65535 of their range. The window makes the threshold middle gray, as in all pictures.
+
+    Args:
+        sources: of ``anomaly_map``.
+        anomaly_map: [slices, rows, columns] float, standard deviations above healthy patches.
+        threshold: of the mask.
+        algorithm: what made it.
+    """
+    low, high = float(anomaly_map.min()), float(anomaly_map.max())
+    slope = (high - low) / _GRAY_LEVELS or 1.0
+    stored = np.round((anomaly_map - low) / slope).astype(np.uint16)
+    mapping = hd.pm.RealWorldValueMapping(
+        lut_label="ANOMALY",
+        lut_explanation="Standard deviations above healthy patches",
+        unit=codes.UCUM.NoUnits,
+        value_range=(0, _GRAY_LEVELS),
+        slope=slope,
+        intercept=low,
+        quantity_definition=Z_SCORE,
+    )
+    written = hd.pm.ParametricMap(
+        source_images=list(sources),
+        pixel_array=_volume(sources, stored),
+        contains_recognizable_visual_features=False,
+        real_world_value_mappings=[mapping],
+        voi_lut_transformations=[_window(threshold, low, slope)],
+        content_label="ANOMALY",
+        content_description=_described(algorithm),
+        **_series(sources, 2, "Anomaly map"),
+        **_equipment(algorithm),
+    )
+    written.Laterality = sources[0].get("Laterality", "")  # type 2C: empty where it is unknown
+    return written
+
+
+def overlay_series(sources: Sequence[Dataset], pictures: np.ndarray, algorithm: Algorithm) -> list[Dataset]:
+    """Slices under their heat map as a series of color images (Secondary Capture) that every viewer shows.
+
+    Args:
+        sources: of ``pictures``.
+        pictures: [slices, rows, columns, 3] uint8.
+        algorithm: what made them.
+
+    Returns:
+        One image a slice, with position and orientation, so that viewers link and scroll it with its source.
+    """
+    geometry = volume_geometry(sources)
+    common = _series(sources, 3, "Anomaly overlay") | {"manufacturer": MANUFACTURER}
+    images: list[Dataset] = []
+    for index, picture in enumerate(pictures):
+        source, frame = _place(sources, index)
+        image = hd.sc.SCImage.from_ref_dataset(
+            source,
+            pixel_array=np.ascontiguousarray(picture),
+            photometric_interpretation="RGB",
+            bits_allocated=8,
+            coordinate_system="PATIENT",
+            patient_orientation=_row_and_column_direction(geometry),
+            pixel_spacing=geometry.pixel_spacing,  # type: ignore[arg-type]  # its hint says int
+            transfer_syntax_uid=RLELossless,
+            **common | {"sop_instance_uid": hd.UID(), "instance_number": index + 1},
+        )
+        _sign(image, algorithm)
+        image.Laterality = source.get("Laterality", "")
+        image.DerivationDescription = _described(algorithm)
+        image.ImageType = ["DERIVED", "SECONDARY", "OVERLAY"]
+        image.SourceImageSequence = [_reference(source, frame)]
+        image.FrameOfReferenceUID = source.FrameOfReferenceUID
+        image.PositionReferenceIndicator = source.get("PositionReferenceIndicator", "")
+        plane = geometry.get_plane_position(index)[0]
+        image.ImagePositionPatient = plane.ImagePositionPatient
+        image.ImageOrientationPatient = geometry.get_plane_orientation()[0].ImageOrientationPatient
+        image.SliceThickness = str(round(geometry.spacing_between_slices, 6))
+        images.append(image)
+    return images
+
+
+def report(
+    sources: Sequence[Dataset],
+    score: float,
+    image_threshold: float,
+    slice_scores: Sequence[float],
+    worst: Sequence[int],
+    mask: Dataset,
+    algorithm: Algorithm,
+) -> sr.ComprehensiveSR:
+    """A structured report (TID 1500) of the study's score and its worst slices.
+
+    Args:
+        sources: of the slices.
+        score: of the study, standard deviations above the mean of healthy images.
+        image_threshold: of the score.
+        slice_scores: [slices].
+        worst: indices of the slices to name, the worst first.
+        mask: the segmentation, as evidence.
+        algorithm: what found it.
+    """
+    identification = sr.AlgorithmIdentification(
+        name=PRODUCT,
+        version=algorithm.version,
+        parameters=[f"weights sha256 {algorithm.weights}", f"model sha256 {algorithm.model}"],
+    )
+    study = sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(hd.UID(), "study"),
+        algorithm_id=identification,
+        measurements=[
+            sr.Measurement(name=name, value=float(value), unit=codes.UCUM.NoUnits)
+            for name, value in ((ANOMALY_SCORE, score), (THRESHOLD, image_threshold))
+            if np.isfinite(value)
+        ],
+        qualitative_evaluations=[
+            sr.QualitativeEvaluation(
+                name=Code("anomaly-finding", SCHEME, "Score above threshold"),
+                value=codes.SCT.Yes if score > image_threshold else codes.SCT.No,
+            )
+        ],
+    )
+    slices = [
+        sr.MeasurementsAndQualitativeEvaluations(
+            tracking_identifier=sr.TrackingIdentifier(hd.UID(), f"slice {index + 1}"),
+            source_images=[_source_image(*_place(sources, index))],
+            algorithm_id=identification,
+            measurements=[
+                sr.Measurement(name=SLICE_SCORE, value=float(slice_scores[index]), unit=codes.UCUM.NoUnits),
+            ],
+        )
+        for index in worst
+    ]
+    observer = sr.ObserverContext(
+        observer_type=codes.DCM.Device,
+        observer_identifying_attributes=sr.DeviceObserverIdentifyingAttributes(
+            uid=hd.UID(), name=PRODUCT, manufacturer_name=MANUFACTURER, model_name=PRODUCT
+        ),
+    )
+    content = sr.MeasurementReport(
+        observation_context=sr.ObservationContext(observer_device_context=observer),
+        procedure_reported=codes.SCT.ImagingProcedure,
+        imaging_measurements=[study, *slices],
+        title=codes.DCM.ImagingMeasurementReport,
+    )
+    written = sr.ComprehensiveSR(
+        evidence=[*sources, mask],
+        content=content[0],
+        is_complete=True,
+        manufacturer=MANUFACTURER,
+        **_series(sources, 4, "Anomaly report"),
+    )
+    _sign(written, algorithm)
+    return written
+
+
+def _volume(sources: Sequence[Dataset], array: np.ndarray) -> hd.Volume:
+    return volume_geometry(sources).with_array(array)
+
+
+def _series(sources: Sequence[Dataset], number: int, description: str) -> dict[str, Any]:
+    """A series of its own beside that of the sources."""
+    return {
+        "series_instance_uid": hd.UID(),
+        "series_number": int(sources[0].get("SeriesNumber") or 0) * 100 + number,
+        "sop_instance_uid": hd.UID(),
+        "instance_number": 1,
+        "series_description": f"{description} ({PRODUCT}, research)",
+    }
+
+
+def _equipment(algorithm: Algorithm) -> dict[str, Any]:
+    return {
+        "manufacturer": MANUFACTURER,
+        "manufacturer_model_name": PRODUCT,
+        "software_versions": algorithm.version,
+        "device_serial_number": algorithm.model[:16],
+    }
+
+
+def _sign(written: Dataset, algorithm: Algorithm) -> None:
+    """The equipment, where highdicom takes its maker only."""
+    written.ManufacturerModelName = PRODUCT
+    written.SoftwareVersions = algorithm.version
+    written.DeviceSerialNumber = algorithm.model[:16]
+
+
+def _identification(algorithm: Algorithm) -> hd.AlgorithmIdentificationSequence:
+    return hd.AlgorithmIdentificationSequence(
+        name=PRODUCT,
+        family=codes.DCM.ArtificialIntelligence,
+        version=algorithm.version,
+        source=MANUFACTURER,
+        parameters={"weights sha256": algorithm.weights, "model sha256": algorithm.model},
+    )
+
+
+def _described(algorithm: Algorithm) -> str:
+    return f"{PRODUCT} {algorithm.version}, model {algorithm.model[:16]}"
+
+
+def _window(threshold: float, low: float, slope: float) -> hd.VOILUTTransformation:
+    """The threshold in the middle, the mean of healthy patches black."""
+    center = (threshold - low) / slope if np.isfinite(threshold) else _GRAY_LEVELS / 2
+    width = 2 * threshold / slope if np.isfinite(threshold) and threshold > 0 else _GRAY_LEVELS
+    return hd.VOILUTTransformation(window_center=round(center, 3), window_width=max(1.0, round(width, 3)))
+
+
+def _row_and_column_direction(geometry: hd.VolumeGeometry) -> tuple[str, str]:
+    directions = geometry.get_closest_patient_orientation()
+    return directions[2].value, directions[1].value
+
+
+def _place(sources: Sequence[Dataset], index: int) -> tuple[Dataset, int | None]:
+    """The image that holds slice ``index``, and its frame if the image has several."""
+    if len(sources) == 1 and int(sources[0].get("NumberOfFrames") or 1) > 1:
+        return sources[0], frame_numbers(sources[0])[index]
+    return sources[index], None
+
+
+def _reference(source: Dataset, frame: int | None) -> Dataset:
+    item = Dataset()
+    item.ReferencedSOPClassUID = source.SOPClassUID
+    item.ReferencedSOPInstanceUID = source.SOPInstanceUID
+    if frame is not None:
+        item.ReferencedFrameNumber = frame
+    return item
+
+
+def _source_image(source: Dataset, frame: int | None) -> sr.SourceImageForMeasurementGroup:
+    frames = None if frame is None else [frame]
+    return sr.SourceImageForMeasurementGroup(source.SOPClassUID, source.SOPInstanceUID, frames)

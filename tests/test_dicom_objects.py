@@ -1,0 +1,167 @@
+"""Results as DICOM: the same voxels at the same places, in the patient's study, with their source and their maker."""
+
+import highdicom as hd
+import numpy as np
+import pytest
+from highdicom.legacy import LegacyConvertedEnhancedMRImage
+from pydicom import dcmread
+from pydicom.uid import generate_uid
+from test_dicom_series import AFFINES, identity, series
+
+from bundle.dicom.mr import mr_series, write_series
+from bundle.dicom.objects import Algorithm, Findings, write_objects
+from bundle.dicom.series import read_headers, read_volume
+from bundle.errors import BundleError
+
+ALGORITHM = Algorithm("1.2.3", "a" * 64, "b" * 64)
+THRESHOLD = 1.5
+
+
+def classic(folder, affine):
+    return series(folder, affine)
+
+
+def enhanced(folder, affine):
+    files = series(folder, affine)
+    image = LegacyConvertedEnhancedMRImage([dcmread(file) for file in files], generate_uid(), 9, generate_uid(), 1)
+    image.FrameOfReferenceUID = dcmread(files[0]).FrameOfReferenceUID
+    for file in files:
+        file.unlink()
+    image.save_as(files[0])
+    return files[:1]
+
+
+def findings(shape, seed=0):
+    random = np.random.default_rng(seed)
+    return Findings(
+        random.normal(size=shape).astype(np.float32),
+        random.integers(0, 256, (*shape, 3)).astype(np.uint8),
+        THRESHOLD,
+        score=4.5,
+        image_threshold=3.0,
+        slice_scores=random.normal(size=shape[0]).tolist(),
+        worst=[4, 2],
+    )
+
+
+@pytest.fixture(params=[classic, enhanced], ids=["series", "multi-frame"])
+def written(request, tmp_path):
+    files = request.param(tmp_path / "in", AFFINES["oblique"])
+    volume = read_volume(files)
+    found = findings(volume.pixels.shape[:0:-1])
+    write_objects(tmp_path / "a", files, found, ALGORITHM)
+    return tmp_path, read_headers(files), volume, found
+
+
+def as_xyz(volume):
+    """Values [x, y, slices] and affine in RAS of a highdicom volume, with slices along the normal."""
+    volume = volume.flip_spatial(0)
+    return np.asarray(volume.array).T, volume.get_affine("RAH")[:, [2, 1, 0, 3]]
+
+
+def test_the_segmentation_has_the_voxels_of_the_mask(written):
+    folder, _, volume, found = written
+    mask, affine = as_xyz(hd.seg.segread(folder / "a_seg.dcm").get_volume(combine_segments=True))
+    np.testing.assert_array_equal(mask.T, found.anomaly_map > THRESHOLD)
+    np.testing.assert_allclose(affine, volume.affine, atol=1e-5)
+
+
+def test_the_parametric_map_has_the_values_of_the_anomaly_map(written):
+    folder, _, volume, found = written
+    stored = hd.imread(folder / "a_heatmap.dcm")
+    values, affine = as_xyz(stored.get_volume(apply_real_world_transform=True))
+    step = np.ptp(found.anomaly_map) / 65535
+    np.testing.assert_allclose(values.T, found.anomaly_map, atol=0.51 * step)
+    np.testing.assert_allclose(affine, volume.affine, atol=1e-5)
+    [mapping] = stored.SharedFunctionalGroupsSequence[0].RealWorldValueMappingSequence
+    [window] = stored.SharedFunctionalGroupsSequence[0].FrameVOILUTSequence
+    center = mapping.RealWorldValueIntercept + mapping.RealWorldValueSlope * float(window.WindowCenter)
+    assert center == pytest.approx(THRESHOLD, abs=1e-3)
+
+
+def test_the_overlay_is_a_series_of_color_images_at_the_places_of_the_slices(written):
+    folder, _, volume, found = written
+    for index, file in enumerate(sorted((folder / "a_overlay").iterdir())):
+        image = dcmread(file)
+        np.testing.assert_array_equal(image.pixel_array, found.pictures[index])
+        x, y, z = image.ImagePositionPatient
+        np.testing.assert_allclose([-x, -y, z], (volume.affine @ [0, 0, index, 1])[:3], atol=1e-4)
+    assert index == 5
+
+
+def test_the_report_names_score_threshold_and_worst_slices(written):
+    folder, sources, volume, found = written
+    groups = hd.sr.srread(folder / "a_report.dcm").content.get_image_measurement_groups()
+    study, *slices = groups
+    values = {measurement.name.meaning: measurement.value for measurement in study.get_measurements()}
+    assert values["Anomaly score"] == 4.5
+    assert values["Threshold of the anomaly score"] == 3.0
+    assert [group.get_measurements()[0].value for group in slices] == pytest.approx(
+        [found.slice_scores[index] for index in found.worst]
+    )
+    for group, index in zip(slices, found.worst, strict=True):
+        [reference] = group.source_images
+        source = sources[index] if len(sources) > 1 else sources[0]
+        assert reference.referenced_sop_instance_uid == source.SOPInstanceUID
+        if len(sources) == 1:
+            assert reference.referenced_frame_numbers == [volume.instances[index]]
+
+
+def test_objects_belong_to_patient_study_and_frame_of_reference(written):
+    folder, sources, _, _ = written
+    files = [*folder.glob("a_*.dcm"), *(folder / "a_overlay").iterdir()]
+    series_uids = set()
+    for written_object in map(dcmread, files):
+        for keyword in ("PatientID", "PatientName", "StudyInstanceUID"):
+            assert written_object[keyword].value == sources[0][keyword].value
+        if written_object.Modality != "SR":
+            assert written_object.FrameOfReferenceUID == sources[0].FrameOfReferenceUID
+        assert written_object.SoftwareVersions == "1.2.3"
+        assert written_object.DeviceSerialNumber == "b" * 16
+        series_uids.add(written_object.SeriesInstanceUID)
+    assert len(series_uids) == 4 and sources[0].SeriesInstanceUID not in series_uids
+
+
+def test_the_segmentation_refers_to_its_sources_and_its_algorithm(written):
+    folder, sources, _, _ = written
+    mask = dcmread(folder / "a_seg.dcm")
+    referred = {
+        image.ReferencedSOPInstanceUID
+        for item in mask.ReferencedSeriesSequence
+        for image in item.ReferencedInstanceSequence
+    }
+    assert referred == {source.SOPInstanceUID for source in sources}
+    [segment] = mask.SegmentSequence
+    assert segment.SegmentLabel == "anomaly"
+    [algorithm] = segment.SegmentationAlgorithmIdentificationSequence
+    assert algorithm.AlgorithmVersion == "1.2.3"
+    assert "a" * 64 in algorithm.AlgorithmParameters and "b" * 64 in algorithm.AlgorithmParameters
+
+
+def test_an_empty_mask_is_a_segmentation_too(tmp_path):
+    files = series(tmp_path / "in")
+    found = findings(read_volume(files).pixels.shape[:0:-1])._replace(threshold=100.0)
+    write_objects(tmp_path / "a", files, found, ALGORITHM)
+    mask = hd.seg.segread(tmp_path / "a_seg.dcm").get_volume(combine_segments=True)
+    assert mask.array.shape[0] == 6 and not mask.array.any()
+
+
+def test_results_are_no_input(tmp_path):
+    files = series(tmp_path / "in")
+    write_objects(tmp_path / "a", files, findings(read_volume(files).pixels.shape[:0:-1]), ALGORITHM)
+    for file in (*tmp_path.glob("a_*.dcm"), *(tmp_path / "a_overlay").iterdir()):
+        with pytest.raises(BundleError, match="is no image to examine"):
+            read_volume([file])
+
+
+def test_images_without_a_position_get_no_objects(tmp_path):
+    def without(images):
+        for image in images:
+            del image.ImagePositionPatient, image.ImageOrientationPatient
+
+    images = mr_series(np.zeros((24, 20, 1), np.uint16), AFFINES["RAS"], identity())
+    without(images)
+    files = write_series(images, tmp_path / "in")
+    assert read_volume(files).pixels.shape == (1, 24, 20, 1)
+    with pytest.raises(BundleError, match="has no position in a patient"):
+        write_objects(tmp_path / "a", files, findings((1, 20, 24))._replace(worst=[0]), ALGORITHM)

@@ -1,0 +1,302 @@
+"""DICOM files to volumes: any order, compression and class of image; what is no regular volume is refused by name."""
+
+import logging
+import random
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from pydicom import dcmread
+from pydicom.data import get_testdata_file
+from pydicom.uid import JPEGLSLossless, RLELossless, generate_uid
+
+from bundle.data import find_images, find_splits, readable
+from bundle.dicom.mr import SeriesIdentity, mr_series, write_series
+from bundle.dicom.series import group_series, read_headers, read_volume
+from bundle.errors import BundleError
+from bundle.transforms import LoadCased, OrientSlicesd
+
+AFFINES = {
+    "RAS": np.diag([1.0, 1.5, 4.0, 1.0]),
+    "flipped": np.array([[-1.0, 0, 0, 80], [0, -1.5, 0, 90], [0, 0, -4.0, 50], [0, 0, 0, 1]]),
+    "left-handed": np.array([[1.0, 0, 0, 8], [0, 1.5, 0, 9], [0, 0, -4.0, 5], [0, 0, 0, 1]]),
+    "sagittal": np.array([[0, 0, 4.0, -30], [-1.5, 0, 0, 70], [0, 1.0, 0, -60], [0, 0, 0, 1]]),
+    "oblique": nib.affines.from_matvec(
+        nib.eulerangles.euler2mat(0.2, -0.3, 0.1) @ np.diag([1.0, 1.5, 4.0]), [-40, 12, 7]
+    ),
+}
+
+
+def volume_of(seed=0, shape=(24, 20, 6)):
+    return np.random.default_rng(seed).integers(0, 1000, shape).astype(np.uint16)
+
+
+def identity(patient="p1", number=3):
+    return SeriesIdentity(patient, f"Secret^{patient}", *(generate_uid() for _ in range(3)), series_number=number)
+
+
+def series(folder, affine=None, volume=None, change=None, **of):
+    """A series of six slices in ``folder``; ``change`` edits or drops its images before they are written."""
+    images = mr_series(
+        volume_of() if volume is None else volume, AFFINES["RAS"] if affine is None else affine, identity(**of)
+    )
+    if change:
+        images = change(images) or images
+    return write_series(images, folder)
+
+
+def sampled(image, at):
+    """Values of a [C, x, y, slices] image at places ``at`` [3, N] in mm."""
+    index = np.linalg.inv(image.affine.numpy()) @ np.vstack([at, np.ones(at.shape[1])])
+    x, y, z = np.rint(index[:3]).astype(int)
+    assert np.abs(index[:3] - [x, y, z]).max() < 1e-3
+    return image.numpy()[0, x, y, z]
+
+
+@pytest.mark.parametrize("name", AFFINES)
+def test_a_series_has_its_values_where_the_affine_says(tmp_path, name):
+    values, affine = volume_of(), AFFINES[name]
+    series(tmp_path / "s", affine)
+    image = LoadCased("image")({"image": str(tmp_path / "s")})["image"]
+    index = np.stack(np.meshgrid(*map(np.arange, values.shape), indexing="ij")).reshape(3, -1)
+    at = (affine @ np.vstack([index, np.ones(index.shape[1])]))[:3]
+    np.testing.assert_array_equal(sampled(image, at), values.reshape(-1))
+
+
+def test_files_may_have_any_order_and_no_suffix(tmp_path):
+    files = series(tmp_path / "s")
+    expected = read_volume(files)
+    random.Random(1).shuffle(files)
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for number, file in enumerate(files):
+        file.rename(folder / f"IM_{number}")
+    (folder / "README").write_text("of the hospital")
+    (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    [case] = find_images(folder)
+    image = LoadCased("image")(case)["image"]
+    np.testing.assert_array_equal(image.numpy(), expected.pixels)
+    np.testing.assert_allclose(image.affine.numpy(), expected.affine, atol=1e-9)
+    assert image.meta["instances"] == tuple(expected.instances)
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless], ids=lambda uid: uid.name)
+def test_compressed_series_have_the_same_pixels(tmp_path, syntax):
+    plain = read_volume(series(tmp_path / "plain"))
+
+    def compress(images):
+        for image in images:
+            image.compress(syntax, generate_instance_uid=False)
+
+    packed = read_volume(series(tmp_path / "packed", change=compress))
+    np.testing.assert_array_equal(packed.pixels, plain.pixels)
+
+
+@pytest.mark.parametrize(
+    ("packed", "plain"),
+    [
+        ("MR_small_RLE.dcm", "MR_small.dcm"),
+        ("MR_small_jp2klossless.dcm", "MR_small.dcm"),
+        ("MR_small_jpeg_ls_lossless.dcm", "MR_small.dcm"),
+    ],
+)
+def test_reads_what_others_have_compressed(packed, plain):
+    first, second = (read_volume([get_testdata_file(name)]).pixels for name in (packed, plain))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_jpeg_lossless_of_old_scanners_is_read():
+    pixels = read_volume([get_testdata_file("SC_rgb_jpeg_gdcm.dcm")]).pixels
+    plain = read_volume([get_testdata_file("SC_rgb_rle.dcm")]).pixels
+    assert pixels.shape == (3, 100, 100, 1)
+    np.testing.assert_array_equal(pixels, plain)
+
+
+def test_rescale_slope_and_intercept_give_hounsfield_units():
+    data = dcmread(get_testdata_file("CT_small.dcm"))
+    volume = read_volume([get_testdata_file("CT_small.dcm")])
+    expected = data.pixel_array.T * float(data.RescaleSlope) + float(data.RescaleIntercept)
+    np.testing.assert_array_equal(volume.pixels[0, ..., 0], expected)
+    assert volume.modality == "CT"
+
+
+def test_an_enhanced_multi_frame_image_is_the_same_volume(tmp_path):
+    from highdicom.legacy import LegacyConvertedEnhancedMRImage
+
+    files = series(tmp_path / "classic", AFFINES["oblique"])
+    enhanced = LegacyConvertedEnhancedMRImage([dcmread(file) for file in files], generate_uid(), 9, generate_uid(), 1)
+    (tmp_path / "enhanced").mkdir()
+    enhanced.save_as(tmp_path / "enhanced" / "all.dcm")
+    classic, whole = read_volume(files), read_volume([tmp_path / "enhanced" / "all.dcm"])
+    np.testing.assert_array_equal(whole.pixels, classic.pixels)
+    np.testing.assert_allclose(whole.affine, classic.affine, atol=1e-6)
+    assert sorted(whole.instances) == [1, 2, 3, 4, 5, 6]
+
+
+def test_each_series_of_a_study_is_an_image_of_its_own(tmp_path):
+    for number in (3, 5):
+        for file in series(tmp_path / str(number), number=number):
+            file.rename(tmp_path / f"{number}-{file.name}")
+    cases = find_images(tmp_path)
+    assert [case["name"] for case in cases] == ["series-3", "series-5"]
+    assert [len(case["image"]) for case in cases] == [6, 6]
+
+
+def test_a_series_alone_in_its_folder_has_the_folders_name(tmp_path):
+    series(tmp_path / "a" / "axial")
+    series(tmp_path / "b")
+    assert [case["name"] for case in find_images(tmp_path)] == ["a/axial", "b"]
+
+
+def drop(index):
+    return lambda images: [image for number, image in enumerate(images) if number != index]
+
+
+def shear(images):
+    for number, image in enumerate(images):
+        x, y, z = image.ImagePositionPatient
+        image.ImagePositionPatient = [x, y + number, z]
+
+
+def set_first(**values):
+    return lambda images: [setattr(images[0], key, value) for key, value in values.items()] and images
+
+
+def repeat(images):
+    images[1].ImagePositionPatient = images[0].ImagePositionPatient
+
+
+def crop(images):
+    images[0].PixelData = images[0].pixel_array[:18].tobytes()
+    images[0].Rows = 18
+
+
+BAD = {
+    "missing slice": (drop(2), "lacks slices: .* 8.00 mm apart, others 4.00 mm"),
+    "position twice": (repeat, "several slices at one position"),
+    "mixed sizes": (crop, "mixes slices of size"),
+    "mixed spacings": (set_first(PixelSpacing=[2.0, 2.0]), "mixes slices of pixel spacing"),
+    "turned slice": (set_first(ImageOrientationPatient=[1, 0, 0, 0, 0, -1]), "different orientation"),
+    "moved patient": (set_first(FrameOfReferenceUID="1.2.3"), "frames of reference"),
+    "tilted gantry": (shear, "sheared by"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_no_regular_volume_is_refused(tmp_path, kind):
+    change, message = BAD[kind]
+    series(tmp_path / "s", change=change)
+    with pytest.raises(BundleError, match=message) as caught:
+        LoadCased("image")({"image": str(tmp_path / "s")})
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert "Secret" not in str(caught.value)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:700])
+
+
+def as_localizer(file):
+    image = dcmread(file)
+    image.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    image.save_as(file)
+
+
+def as_report(file):
+    image = dcmread(file)
+    for keyword in ("Rows", "Columns", "PixelData"):
+        del image[keyword]
+    image.SOPClassUID, image.Modality = "1.2.840.10008.5.1.4.1.1.88.11", "SR"
+    image.SOPInstanceUID = generate_uid()
+    image.save_as(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (truncate, "cannot read|has no pixels"),
+        (as_localizer, "is a localizer"),
+        (as_report, r"is no image to examine \(Basic Text SR Storage, modality SR\)"),
+        (lambda file: file.write_text("not DICOM"), "cannot read"),
+    ],
+    ids=["truncated", "localizer", "report", "no DICOM"],
+)
+def test_a_bad_object_is_an_error_or_a_counted_skip(tmp_path, caplog, change, message):
+    series(tmp_path / "good")
+    [file, *_] = series(tmp_path / "other", patient="p2")
+    change(file.rename(tmp_path / "good" / "odd.dcm"))
+    for rest in (tmp_path / "other").iterdir():
+        rest.unlink()
+    cases = find_images(tmp_path)
+    with pytest.raises(BundleError, match=message):
+        readable(cases, LoadCased("image"))
+    with caplog.at_level(logging.WARNING):
+        [kept] = readable(cases, LoadCased("image"), "skip")
+    assert len(kept["image"]) == 6
+    assert "odd.dcm" in caplog.text and "skipped 1 of 2" in caplog.text
+    assert "Secret" not in caplog.text
+
+
+def test_a_truncated_slice_spoils_its_series(tmp_path, caplog):
+    series(tmp_path / "good")
+    truncate(series(tmp_path / "bad", patient="p2")[3])
+    with pytest.raises(BundleError, match="IM0004.dcm"):
+        readable(find_images(tmp_path), LoadCased("image"))
+    [kept] = readable([case for case in find_images(tmp_path) if "bad" not in case["name"]], LoadCased("image"), "skip")
+    assert kept["name"] == "good"
+
+
+def test_an_empty_folder_is_no_series(tmp_path):
+    with pytest.raises(BundleError, match="no image in"):
+        find_images(tmp_path)
+    with pytest.raises(BundleError, match="holds 0 DICOM series"):
+        LoadCased("image")({"image": str(tmp_path)})
+
+
+def test_headers_come_in_the_order_of_the_slices(tmp_path):
+    files = series(tmp_path / "s", AFFINES["flipped"])
+    random.Random(0).shuffle(files)
+    volume, headers = read_volume(files), read_headers(files)
+    assert [str(header.filename) for header in headers] == list(map(str, volume.files))
+    for index, header in enumerate(headers):
+        x, y, z = header.ImagePositionPatient
+        np.testing.assert_allclose((volume.affine @ [0, 0, index, 1])[:3], [-x, -y, z], atol=1e-6)
+
+
+def test_slices_are_cut_as_they_were_acquired(tmp_path):
+    series(tmp_path / "s", AFFINES["sagittal"])
+    loaded = LoadCased("image")({"image": str(tmp_path / "s")})
+    assert OrientSlicesd("image")(dict(loaded))["image"].shape[-1] == 6
+    assert OrientSlicesd("image", "axial")(dict(loaded))["image"].shape[-1] == 20
+
+
+def test_a_single_slice_of_another_plane_than_asked_is_refused(tmp_path):
+    series(tmp_path / "s", AFFINES["sagittal"], volume=volume_of(shape=(24, 20, 1)))
+    loaded = LoadCased("image")({"image": str(tmp_path / "s")})
+    with pytest.raises(BundleError, match="single slice of another plane than slice_plane 'axial'"):
+        OrientSlicesd("image", "axial")(loaded)
+
+
+def test_a_patient_is_in_one_split(tmp_path):
+    for patient in range(6):
+        for scan in range(3):
+            series(tmp_path / f"{patient}-{scan}", patient=f"id{patient}")
+    splits = find_splits(tmp_path, needed=("training", "validation"))
+    owner = {split: {case["name"][0] for case in cases} for split, cases in splits.items()}
+    assert owner["training"].isdisjoint(owner["validation"])
+    assert len(splits["validation"]) % 3 == 0 and splits["validation"]
+    assert sum(map(len, splits.values())) == 18
+
+
+def test_images_of_one_patient_alone_cannot_be_split(tmp_path):
+    for scan in range(3):
+        series(tmp_path / str(scan))
+    with pytest.raises(BundleError, match="of one patient"):
+        find_splits(tmp_path)
+
+
+def test_a_multi_frame_image_and_a_series_are_grouped_apart(tmp_path):
+    files = series(tmp_path / "s")
+    assert [len(group.files) for group in group_series(files)] == [6]
+    assert torch.is_tensor(LoadCased("image")({"image": list(map(str, files))})["image"])
