@@ -1,11 +1,12 @@
 # Two commands do everything from a fresh clone:
 #   make train   sets up the environment and runs the main job
 #   make test    sets up the environment and runs linter, type checker and tests
+#   make test-clinical   tests with real Orthanc, MONAI Label and MONAI Deploy; they need the Debian packages below
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test
+.PHONY: train test test-clinical debian-packages
 
 train: $(VENV)/installed
 	$(BIN)/python -m monai.bundle run training --config_file configs/train.json
@@ -15,6 +16,13 @@ test: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+test-clinical: $(VENV)/installed
+	$(BIN)/python -m pytest tests/clinical
+
+debian-packages:
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends orthanc orthanc-dicomweb dcmtk dicom3tools
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -107,7 +107,7 @@ def _resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
 
 
 def export_torchscript(
-    detector: AnomalyDetector,
+    detector: nn.Module,
     path: str | os.PathLike,
     configs: Sequence[str | os.PathLike] = (),
     metadata: str | os.PathLike | None = None,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
-import shutil
 import tempfile
-from collections.abc import Sequence
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -20,21 +19,22 @@ from monai.data import MetaTensor
 from PIL import Image, PngImagePlugin
 
 from bundle import __version__
-from bundle.data.cases import Case, is_flat
+from bundle.data.cases import is_flat
 from bundle.data.store import content_key
 from bundle.distributed import gather
-from bundle.errors import BundleError
+from bundle.errors import BundleError, check_choice
 from bundle.figures import blend, heat, overlay, picture
 from bundle.networks.detector import Detector
 from bundle.provenance import data_words, model_words
 from bundle.tracking import Tracker
-from bundle.transforms.loading import NIFTI_SUFFIXES, files_of, is_dicom_file
+from bundle.transforms.loading import NIFTI_SUFFIXES
 
 SCORE_COLUMNS = (
     "name",
     "image",
     "score",
     "worst_slices",
+    "worst_instances",
     "max",
     "anomalous_share",
     "threshold",
@@ -43,7 +43,36 @@ SCORE_COLUMNS = (
     "data",
 )
 SLICE_COLUMNS = ("name", "slice", "instance", "score", "rank", "counts")
+# all that may be written for an input
+RESULTS = (
+    "_map.nii.gz",
+    "_mask.nii.gz",
+    "_heatmap.nii.gz",
+    "_map.tiff",
+    "_mask.png",
+    "_overlay.png",
+    "_seg.dcm",
+    "_heatmap.dcm",
+    "_report.dcm",
+    "_overlay",
+)
 _TIFF_DESCRIPTION = 270
+
+_FORM_FIELDS = (
+    "qform_code",
+    "sform_code",
+    "quatern_b",
+    "quatern_c",
+    "quatern_d",
+    "qoffset_x",
+    "qoffset_y",
+    "qoffset_z",
+    "srow_x",
+    "srow_y",
+    "srow_z",
+)
+
+logger = logging.getLogger(__name__)
 
 
 class DetectionSaver:
@@ -60,13 +89,13 @@ class DetectionSaver:
         detector: with the threshold of its checkpoint.
         dataset_dir: for the words about the data.
         tracker: its run opens with the first result and keeps ``scores.csv``.
-        cases: that will come.
         model_file: of the detector; DICOM objects tell its hash.
-        write_dicom: write DICOM objects.
+        write_dicom: write DICOM objects; cases must have passed :class:`~bundle.transforms.RequireDicomd`.
         worst_slices: how many slices ``scores.csv`` and the DICOM report name.
+        on_error: ``raise``, or ``skip``: warn of results that cannot be written, count them, and go on.
 
     Raises:
-        BundleError: if DICOM objects of anything but DICOM are wanted, or no slice is to be named.
+        BundleError: if no slice is to be named.
     """
 
     def __init__(
@@ -75,16 +104,13 @@ class DetectionSaver:
         detector: Detector,
         dataset_dir: str | os.PathLike,
         tracker: Tracker,
-        cases: Sequence[Case] = (),
         model_file: str | os.PathLike = "",
         write_dicom: bool = False,
         worst_slices: int = 3,
+        on_error: str = "raise",
     ) -> None:
         if worst_slices < 1:
             raise BundleError(f"worst_slices is {worst_slices}: give at least 1")
-        other = next((file for case in cases for file in files_of(case["image"])[:1] if not is_dicom_file(file)), None)
-        if write_dicom and other:
-            raise BundleError(f"write_dicom needs DICOM images, but '{other}' is none: leave it off, or give DICOM")
         self.output_dir = Path(output_dir)
         self.detector = detector
         self.data = data_words(dataset_dir)
@@ -92,6 +118,8 @@ class DetectionSaver:
         self.model_file = model_file
         self.write_dicom = write_dicom
         self.worst_slices = worst_slices
+        self.skips = check_choice("on_error", on_error, ("raise", "skip")) == "skip"
+        self.skipped = 0
         self.rows: list[dict[str, Any]] = []
         self.slice_rows: list[dict[str, Any]] = []
 
@@ -104,7 +132,13 @@ class DetectionSaver:
         """Write the files of the current batch."""
         state: Any = engine.state
         for case, found in zip(state.batch, state.output, strict=True):
-            self.save(case, found)
+            try:
+                self.save(case, found)
+            except BundleError as error:
+                if not self.skips:
+                    raise
+                logger.warning(f"skipped: {error}")
+                self.skipped += 1
         if self.rows:
             self.tracker.start()  # only now: the first result need not wait until MLflow has its database
 
@@ -121,13 +155,14 @@ class DetectionSaver:
         anomaly_map: MetaTensor = found["pred_map_restored"]
         values = anomaly_map.numpy()[0]
         path = str(anomaly_map.meta["filename_or_obj"])
-        slices = _slice_rows(case, found)
-        worst = [row["slice"] for row in sorted(slices, key=itemgetter("rank")) if row["counts"]][: self.worst_slices]
+        slices = slice_rows(case, found)
+        worst = [one for one in sorted(slices, key=itemgetter("rank")) if one["counts"]][: self.worst_slices]
         row = {
             "name": case["name"],
             "image": path,
             "score": float(found["pred_score"]),
-            "worst_slices": " ".join(map(str, worst)),
+            "worst_slices": " ".join(str(one["slice"]) for one in worst),
+            "worst_instances": " ".join(str(one["instance"]) for one in worst).strip(),
             "max": float(values.max()),
             "anomalous_share": float((values > threshold).mean()),
             "threshold": threshold,
@@ -135,7 +170,8 @@ class DetectionSaver:
             "model": model,
             "data": self.data,
         }
-        place = f" slice {worst[0]}" if len(slices) > 1 else ""
+        instance = f" (instance {worst[0]['instance']})" if worst[0]["instance"] else ""
+        place = f" slice {worst[0]['slice']}{instance}" if len(slices) > 1 else ""
         at = int(found["pred_worst_slice"])
         shown = overlay(
             picture(case["image"].as_tensor(), at),
@@ -145,7 +181,8 @@ class DetectionSaver:
         )
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.output_dir, prefix=".partial-") as folder:
-            stem = Path(folder) / Path(case["name"]).name
+            (new := Path(folder) / "new").mkdir()
+            stem = new / Path(case["name"]).name
             if is_flat(path):
                 _write_flat(stem, values, values > threshold, model)
             else:
@@ -153,7 +190,7 @@ class DetectionSaver:
             shown.save(f"{stem}_overlay.png")
             if self.write_dicom:
                 self._write_dicom(stem, found, row, slices)
-            _move_all(Path(folder), self.output_dir / Path(case["name"]).parent)
+            _replace(self.output_dir / case["name"], stem, Path(folder) / "old")
         self.rows.append(row)
         if len(slices) > 1:
             self.slice_rows += slices
@@ -181,24 +218,43 @@ class DetectionSaver:
         )
         identity = self.detector.describe()
         algorithm = Algorithm(__version__, str(identity["weights"]), content_key(self.model_file))
-        write_objects(stem, [Path(file) for file in found["pred_map_restored"].meta["files"]], findings, algorithm)
+        files = [Path(file) for file in found["pred_map_restored"].meta["files"]]
+        try:
+            write_objects(stem, files, findings, algorithm)
+        except BundleError:
+            raise
+        except Exception as error:  # whose text may hold values of the header
+            logger.debug("no DICOM results", exc_info=True)
+            raise BundleError(
+                f"no DICOM results of '{row['image']}' ({type(error).__name__}): leave write_dicom off for it"
+            ) from None
 
     def save_scores(self) -> None:
         """Write ``scores.csv``, one line per input of all processes, in the first one."""
         rows = sorted(chain(*gather(self.rows)), key=itemgetter("name"))
-        slice_rows = sorted(chain(*gather(self.slice_rows)), key=itemgetter("name", "slice"))
+        of_slices = sorted(chain(*gather(self.slice_rows)), key=itemgetter("name", "slice"))
+        skipped = sum(gather(self.skipped))
         if idist.get_rank() > 0:
             return
+        if skipped:
+            logger.warning(f"skipped {skipped} of {skipped + len(rows)} inputs whose results cannot be written")
+        if not rows:
+            raise BundleError(f"no result of {skipped} inputs could be written: see above")
         write_csv(self.output_dir / "scores.csv", rows, SCORE_COLUMNS)
-        if slice_rows:
-            write_csv(self.output_dir / "slice_scores.csv", slice_rows, SLICE_COLUMNS)
+        if of_slices:
+            write_csv(self.output_dir / "slice_scores.csv", of_slices, SLICE_COLUMNS)
         highest = max(row["score"] for row in rows)
         self.tracker.log({"inputs": len(rows), "highest_score": highest}, {"report": [self.output_dir / "scores.csv"]})
         print(f"{len(rows)} inputs: maps, masks, overlays and scores.csv are in {self.output_dir.resolve()}")
 
 
-def _slice_rows(case: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each slice that the network saw: index in the file, DICOM instance, score, rank, whether it counts."""
+def slice_rows(case: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each slice that the network saw: index in the file, DICOM instance, score, rank, whether it counts.
+
+    Args:
+        case: with ``name`` and the oriented ``image``.
+        found: see :meth:`DetectionSaver.save`.
+    """
     stack, restored = case["image"], found["pred_map_restored"]
     scores, counts = found["pred_slice_scores"].tolist(), found["pred_slice_counts"].tolist()
     order = sorted(range(len(scores)), key=lambda index: (not counts[index], -scores[index]))
@@ -222,13 +278,16 @@ def _slice_rows(case: dict[str, Any], found: dict[str, Any]) -> list[dict[str, A
     return rows
 
 
-def _move_all(source: Path, target: Path) -> None:
-    """Move what is in ``source`` to ``target``, in the place of what has the same names."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        if path.is_dir() and (target / path.name).exists():
-            shutil.rmtree(target / path.name)
-        os.replace(path, target / path.name)
+def _replace(target: Path, fresh: Path, old: Path) -> None:
+    """Put the results of stem ``fresh`` in the place of those of stem ``target``, which go to the folder ``old``."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    old.mkdir()
+    for suffix in RESULTS:
+        new, place = Path(f"{fresh}{suffix}"), Path(f"{target}{suffix}")
+        if place.exists():
+            os.replace(place, old / place.name)
+        if new.exists():
+            os.replace(new, place)
 
 
 def _write_flat(stem: Path, anomaly_map: np.ndarray, mask: np.ndarray, model: str) -> None:
@@ -244,26 +303,26 @@ def _write_flat(stem: Path, anomaly_map: np.ndarray, mask: np.ndarray, model: st
 def _write_volume(
     stem: Path, anomaly_map: np.ndarray, threshold: float, affine: np.ndarray, source: str, model: str
 ) -> None:
+    original: Any = nib.load(source) if source.lower().endswith(NIFTI_SUFFIXES) else None
     gray_levels = np.round(255 * heat(anomaly_map, threshold))
     for name, values in (
         ("map", anomaly_map.astype(np.float32)),
         ("mask", (anomaly_map > threshold).astype(np.uint8)),
         ("heatmap", gray_levels.astype(np.uint8)),
     ):
-        image = nib.Nifti1Image(values, affine)
-        if source.lower().endswith(NIFTI_SUFFIXES):
-            _take_forms(image, source)
-        image.header["descrip"] = model[:79]
+        image = nib.Nifti1Image(values[..., 0] if original is not None and original.ndim == 2 else values, affine)
         image.header.set_xyzt_units("mm")
+        if original is not None and isinstance(original.header, nib.Nifti1Header):
+            _take_geometry(image.header, original.header)
+        image.header["descrip"] = model[:79]
         nib.save(image, f"{stem}_{name}.nii.gz")
 
 
-def _take_forms(image: nib.Nifti1Image, source: str) -> None:
-    """Both transforms of the ``source`` and their codes, since some programs read one and some the other."""
-    header: Any = nib.load(source).header
-    if isinstance(header, nib.Nifti1Header):
-        image.set_qform(header.get_qform(), int(header["qform_code"]))
-        image.set_sform(header.get_sform(), int(header["sform_code"]))
+def _take_geometry(header: nib.Nifti1Header, original: nib.Nifti1Header) -> None:
+    """Both transforms with their codes, field by field, since some programs read one and some the other."""
+    for field in (*_FORM_FIELDS, "xyzt_units"):
+        header[field] = original[field]
+    header["pixdim"][:4] = original["pixdim"][:4]
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...] | list[str]) -> None:

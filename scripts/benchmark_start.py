@@ -29,7 +29,17 @@ from scripts.benchmark_speed import cpu_entries, processor
 ROOT = Path(__file__).parents[1]
 BACKBONE = "efficientnet_lite0"
 IMPORTS = ("torch", "monai.bundle")  # timed as processes of their own
-PARTS = ("torch", "ignite", "mlflow", "torchvision", "matplotlib.pyplot", "scipy.signal", "pandas", "sympy", "highdicom")
+PARTS = (
+    "torch",
+    "ignite",
+    "mlflow",
+    "torchvision",
+    "matplotlib.pyplot",
+    "scipy.signal",
+    "pandas",
+    "sympy",
+    "highdicom",
+)
 POLL = 0.01  # seconds
 
 

@@ -146,8 +146,6 @@ def to_enhanced(images: list[Dataset]) -> Dataset:
     )
     # each frame names what it was converted from; listed once more on top, dciodvfy calls it an error
     del image.ReferencedSeriesSequence
-    # the same cohort gives the same objects
-    image.InstanceCreationDate, image.InstanceCreationTime = images[0].StudyDate, images[0].StudyTime
     return image
 
 

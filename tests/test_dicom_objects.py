@@ -3,10 +3,10 @@
 import highdicom as hd
 import numpy as np
 import pytest
-from highdicom.legacy import LegacyConvertedEnhancedMRImage
-from pydicom import dcmread
-from pydicom.uid import generate_uid
-from test_dicom_series import AFFINES, identity, series
+from pydicom import DataElement, dcmread
+from pydicom.config import IGNORE
+from pydicom.datadict import dictionary_VR
+from test_dicom_series import AFFINES, enhanced_of, identity, jittered, series
 
 from bundle.dicom.mr import mr_series, write_series
 from bundle.dicom.objects import Algorithm, Findings, write_objects
@@ -22,13 +22,7 @@ def classic(folder, affine):
 
 
 def enhanced(folder, affine):
-    files = series(folder, affine)
-    image = LegacyConvertedEnhancedMRImage([dcmread(file) for file in files], generate_uid(), 9, generate_uid(), 1)
-    image.FrameOfReferenceUID = dcmread(files[0]).FrameOfReferenceUID
-    for file in files:
-        file.unlink()
-    image.save_as(files[0])
-    return files[:1]
+    return [enhanced_of(series(folder, affine), folder.with_name("enhanced"))]
 
 
 def findings(shape, seed=0):
@@ -152,6 +146,85 @@ def test_results_are_no_input(tmp_path):
     for file in (*tmp_path.glob("a_*.dcm"), *(tmp_path / "a_overlay").iterdir()):
         with pytest.raises(BundleError, match="is no image to examine"):
             read_volume([file])
+
+
+@pytest.mark.parametrize("size", [0.0, 0.001, 0.05])
+@pytest.mark.parametrize("form", ["classic", "enhanced"])
+def test_each_frame_refers_to_its_source_even_where_positions_are_rounded(tmp_path, size, form):
+    files = series(tmp_path / "in", change=jittered(size))
+    files = files if form == "classic" else [enhanced_of(files, tmp_path / "enhanced")]
+    volume = read_volume(files)
+    found = findings(volume.pixels.shape[:0:-1])
+    write_objects(tmp_path / "a", files, found, ALGORITHM)
+    sources = read_headers(files)
+    for name in ("a_seg.dcm", "a_heatmap.dcm"):
+        written_object = dcmread(tmp_path / name)
+        for frame in written_object.PerFrameFunctionalGroupsSequence:
+            [derived] = frame.DerivationImageSequence
+            [source] = derived.SourceImageSequence
+            _, _, z = frame.PlanePositionSequence[0].ImagePositionPatient
+            index = round((float(z) - volume.affine[2, 3]) / volume.affine[2, 2])
+            expected = sources[index if form == "classic" else 0]
+            assert source.ReferencedSOPInstanceUID == expected.SOPInstanceUID
+            if form == "enhanced":
+                assert source.ReferencedFrameNumber == volume.instances[index]
+    mask, _ = as_xyz(hd.seg.segread(tmp_path / "a_seg.dcm").get_volume(combine_segments=True, rtol=0.05))
+    np.testing.assert_array_equal(mask.T, found.anomaly_map > THRESHOLD)
+
+
+HEADERS = {
+    "nothing known": {
+        keyword: None
+        for keyword in ("PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate")
+    },
+    "a name without caret": {"PatientName": "Secret John"},
+    "an unknown sex": {"PatientSex": "U"},
+    "a year for a birth date": {"PatientBirthDate": "1960"},
+    "a time of day": {"StudyTime": "9:30"},
+    "Latin letters": {"SpecificCharacterSet": "ISO_IR 100", "PatientName": "Müller^Jörg"},
+    "Japanese": {"SpecificCharacterSet": ["", "ISO 2022 IR 87"], "PatientName": "Yamada^Tarou=山田^太郎"},
+    "no character set": {"SpecificCharacterSet": ""},
+    "a large series number": {"SeriesNumber": 30000001},
+    "a negative series number": {"SeriesNumber": -1},
+    "no thickness": {"SliceThickness": None},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR", "ignore:A value of type", "ignore:The value")
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_as_hospitals_have_them_get_results(tmp_path, name, capsys, caplog):
+    def change(images):
+        for image in images:
+            for keyword, value in HEADERS[name].items():
+                if value is None:
+                    delattr(image, keyword)
+                else:
+                    image.add(DataElement(keyword, dictionary_VR(keyword), value, validation_mode=IGNORE))
+
+    files = series(tmp_path / "in", change=change)
+    capsys.readouterr(), caplog.clear()
+    write_objects(tmp_path / "a", files, findings(read_volume(files).pixels.shape[:0:-1]), ALGORITHM)
+    assert "Secret" not in caplog.text + "".join(capsys.readouterr())
+    for file in (*tmp_path.glob("a_*.dcm"), tmp_path / "a_overlay" / "IM0001.dcm"):
+        written_object = dcmread(file)
+        written_object.decode()
+        assert str(written_object.PatientName) == HEADERS[name].get("PatientName", "Secret^p1")
+        assert 0 < written_object.SeriesNumber < 2**31
+
+
+def test_every_object_tells_the_hashes_of_weights_and_model(written):
+    folder, _, _, _ = written
+    for file in (*folder.glob("a_*.dcm"), folder / "a_overlay" / "IM0001.dcm"):
+        content = file.read_bytes()
+        assert b"a" * 64 in content and b"b" * 64 in content, file.name
+
+
+def test_a_model_without_threshold_does_not_judge(tmp_path):
+    files = series(tmp_path / "in")
+    found = findings(read_volume(files).pixels.shape[:0:-1])._replace(image_threshold=np.inf)
+    write_objects(tmp_path / "a", files, found, ALGORITHM)
+    study, *_ = hd.sr.srread(tmp_path / "a_report.dcm").content.get_image_measurement_groups()
+    assert not study.get_qualitative_evaluations()
 
 
 def test_images_without_a_position_get_no_objects(tmp_path):

@@ -1,12 +1,13 @@
 """DICOM files to volumes: any order, compression and class of image; what is no regular volume is refused by name."""
 
+import json
 import logging
 import random
 
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
+from highdicom.legacy import LegacyConvertedEnhancedMRImage
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.uid import JPEGLSLossless, RLELossless, generate_uid
@@ -122,13 +123,8 @@ def test_rescale_slope_and_intercept_give_hounsfield_units():
 
 
 def test_an_enhanced_multi_frame_image_is_the_same_volume(tmp_path):
-    from highdicom.legacy import LegacyConvertedEnhancedMRImage
-
     files = series(tmp_path / "classic", AFFINES["oblique"])
-    enhanced = LegacyConvertedEnhancedMRImage([dcmread(file) for file in files], generate_uid(), 9, generate_uid(), 1)
-    (tmp_path / "enhanced").mkdir()
-    enhanced.save_as(tmp_path / "enhanced" / "all.dcm")
-    classic, whole = read_volume(files), read_volume([tmp_path / "enhanced" / "all.dcm"])
+    classic, whole = read_volume(files), read_volume([enhanced_of(files, tmp_path / "enhanced")])
     np.testing.assert_array_equal(whole.pixels, classic.pixels)
     np.testing.assert_allclose(whole.affine, classic.affine, atol=1e-6)
     assert sorted(whole.instances) == [1, 2, 3, 4, 5, 6]
@@ -179,7 +175,7 @@ BAD = {
     "mixed spacings": (set_first(PixelSpacing=[2.0, 2.0]), "mixes slices of pixel spacing"),
     "turned slice": (set_first(ImageOrientationPatient=[1, 0, 0, 0, 0, -1]), "different orientation"),
     "moved patient": (set_first(FrameOfReferenceUID="1.2.3"), "frames of reference"),
-    "tilted gantry": (shear, "sheared by"),
+    "tilted gantry": (shear, "no straight stack: 'IM0006.dcm' stands 5.00 mm off"),
 }
 
 
@@ -243,8 +239,26 @@ def test_a_truncated_slice_spoils_its_series(tmp_path, caplog):
     truncate(series(tmp_path / "bad", patient="p2")[3])
     with pytest.raises(BundleError, match="IM0004.dcm"):
         readable(find_images(tmp_path), LoadCased("image"))
-    [kept] = readable([case for case in find_images(tmp_path) if "bad" not in case["name"]], LoadCased("image"), "skip")
-    assert kept["name"] == "good"
+    with caplog.at_level(logging.WARNING):
+        kept = readable(find_images(tmp_path), LoadCased("image"), "skip")
+    # the rest of the series has a gap, the truncated header belongs to no series
+    assert [case["name"] for case in kept] == ["good"]
+    assert "skipped 2 of 3" in caplog.text
+
+
+@pytest.mark.parametrize("bytes_left", [0, 140, 300, 600, 900])
+def test_a_header_damaged_anywhere_is_named_not_a_crash(tmp_path, bytes_left):
+    series(tmp_path / "good")
+    file = series(tmp_path / "bad", patient="p2")[0]
+    for other in sorted((tmp_path / "bad").iterdir())[1:]:
+        other.unlink()
+    file.rename(tmp_path / "good" / "IM0007")
+    file = tmp_path / "good" / "IM0007"
+    file.write_bytes(file.read_bytes()[:bytes_left])
+    kept = readable(find_images(tmp_path), LoadCased("image"), "skip")
+    assert [len(case["image"]) for case in kept] == [6]
+    with pytest.raises(BundleError, match="IM0007"):
+        readable(find_images(tmp_path), LoadCased("image"))
 
 
 def test_an_empty_folder_is_no_series(tmp_path):
@@ -296,7 +310,129 @@ def test_images_of_one_patient_alone_cannot_be_split(tmp_path):
         find_splits(tmp_path)
 
 
+def enhanced_of(files, folder):
+    """The series ``files`` as one multi-frame image."""
+    image = LegacyConvertedEnhancedMRImage([dcmread(file) for file in files], generate_uid(), 9, generate_uid(), 1)
+    folder.mkdir()
+    image.save_as(folder / "all.dcm")
+    return folder / "all.dcm"
+
+
 def test_a_multi_frame_image_and_a_series_are_grouped_apart(tmp_path):
     files = series(tmp_path / "s")
-    assert [len(group.files) for group in group_series(files)] == [6]
-    assert torch.is_tensor(LoadCased("image")({"image": list(map(str, files))})["image"])
+    whole = enhanced_of(files, tmp_path / "e")
+    assert [len(group.files) for group in group_series([*files, whole])] == [6, 1]
+
+
+@pytest.mark.parametrize("frames", [1, 6])
+def test_a_multi_frame_image_has_its_place_even_with_one_frame(tmp_path, frames):
+    files = series(tmp_path / "s", AFFINES["sagittal"], volume=volume_of(shape=(24, 20, frames)))
+    classic, whole = read_volume(files), read_volume([enhanced_of(files, tmp_path / "e")])
+    np.testing.assert_allclose(whole.affine, classic.affine, atol=1e-6)
+    np.testing.assert_array_equal(whole.pixels, classic.pixels)
+    assert whole.positioned
+
+
+def tilted(images):
+    """By 2.5 degrees, as a gantry is."""
+    for number, image in enumerate(images):
+        x, y, z = image.ImagePositionPatient
+        image.ImagePositionPatient = [x, round(float(y) + np.tan(np.radians(2.5)) * 4 * number, 4), z]
+
+
+def drifting(images):
+    """Slices 2 % nearer to each other in one half than in the other."""
+    x, y, z = map(float, images[0].ImagePositionPatient)
+    for number, image in enumerate(images):
+        image.ImagePositionPatient = [x, y, round(z, 4)]
+        z += 4.08 if number < len(images) // 2 else 3.92
+
+
+def shifted(images):
+    """One slice beside the line of the others."""
+    x, y, z = images[2].ImagePositionPatient
+    images[2].ImagePositionPatient = [float(x) + 4, y, z]
+
+
+def jittered(size):
+    def change(images):
+        random = np.random.default_rng(0)
+        for image in images:
+            x, y, z = image.ImagePositionPatient
+            image.ImagePositionPatient = [x, y, round(float(z) + random.uniform(-size, size), 4)]
+
+    return change
+
+
+@pytest.mark.parametrize("change", [tilted, drifting, shifted])
+@pytest.mark.parametrize("form", ["classic", "enhanced"])
+def test_slices_off_a_straight_even_stack_are_refused(tmp_path, change, form):
+    files = series(tmp_path / "s", volume=volume_of(shape=(24, 20, 60)), change=change)
+    with pytest.raises(BundleError, match="is no straight stack"):
+        read_volume(files if form == "classic" else [enhanced_of(files, tmp_path / "e")])
+
+
+@pytest.mark.parametrize("form", ["classic", "enhanced"])
+def test_positions_that_a_scanner_rounded_are_a_stack(tmp_path, form):
+    exact = read_volume(series(tmp_path / "exact"))
+    files = series(tmp_path / "s", change=jittered(0.05))
+    volume = read_volume(files if form == "classic" else [enhanced_of(files, tmp_path / "e")])
+    np.testing.assert_array_equal(volume.pixels, exact.pixels)
+    np.testing.assert_allclose(volume.affine, exact.affine, atol=0.1)
+
+
+def test_a_single_slice_is_as_thick_as_it_says(tmp_path):
+    files = series(tmp_path / "s", volume=volume_of(shape=(24, 20, 1)), change=set_first(SpacingBetweenSlices=None))
+    assert read_volume(files).affine[2, 2] == pytest.approx(4.0)
+
+
+def test_padding_is_no_tissue(tmp_path):
+    values = volume_of() + 10
+    values[0] = 4095
+
+    def pad(images):
+        for image in images:
+            image.PixelPaddingValue = 4095
+
+    pixels = read_volume(series(tmp_path / "s", volume=values.astype(np.uint16), change=pad)).pixels
+    assert pixels.max() < 1100 and (pixels == 10).sum() >= values[0].size
+
+
+def test_a_screen_save_in_a_study_is_no_image_to_examine(tmp_path):
+    files = series(tmp_path / "s", change=set_first(ImageType=["DERIVED", "SECONDARY", "SCREEN SAVE"]))
+    with pytest.raises(BundleError, match="is no image to examine"):
+        read_volume(files[:1])
+
+
+def test_a_volume_can_be_demanded(tmp_path):
+    series(tmp_path / "s", volume=volume_of(shape=(24, 20, 1)))
+    with pytest.raises(BundleError, match="has 1 slices, but min_slices is 2"):
+        LoadCased("image", min_slices=2)({"image": str(tmp_path / "s")})
+
+
+def test_patients_of_a_datalist_of_folders_stay_in_one_split(tmp_path):
+    for scan in range(6):
+        series(tmp_path / str(scan), patient=f"p{scan // 3}")
+        (tmp_path / str(scan) / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    items = [{"image": str(scan), "patient": None} for scan in range(6)]
+    (tmp_path / "list.json").write_text(json.dumps({"training": items}))
+    splits = find_splits(tmp_path / "list.json", needed=("training", "validation"))
+    assert {len(splits["training"]), len(splits["validation"])} == {3}
+    listed = {"training": items[:2], "validation": items[2:]}
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    with pytest.raises(BundleError, match="are of one patient") as caught:
+        find_splits(tmp_path / "list.json")
+    assert "p0" not in str(caught.value).replace(str(tmp_path), "")
+
+
+def test_a_series_is_found_from_its_own_folder(tmp_path, monkeypatch):
+    series(tmp_path / "axial")
+    monkeypatch.chdir(tmp_path / "axial")
+    [case] = find_images(".")
+    assert case["name"] == "axial"
+
+
+def test_values_of_a_header_are_not_warned_of(tmp_path, capsys, caplog):
+    series(tmp_path / "s", change=set_first(StudyTime="9:30", PatientBirthDate="Secret"))
+    LoadCased("image")({"image": str(tmp_path / "s")})
+    assert "Secret" not in caplog.text + "".join(capsys.readouterr())

@@ -199,11 +199,21 @@ def test_an_enhanced_object_holds_the_series(compress, cohort, dicom, tmp_path):
     assert converted == {one.SOPInstanceUID for one in series}
 
 
-def test_the_same_cohort_gives_the_same_files(cohort, dicom, tmp_path):
-    again = make_sample_dicom(cohort, tmp_path / "again")
-    files = sorted(file.relative_to(dicom) for file in dicom.rglob("*") if file.is_file())
-    assert files == sorted(file.relative_to(again) for file in again.rglob("*") if file.is_file())
-    assert all((dicom / file).read_bytes() == (again / file).read_bytes() for file in files)
+@pytest.mark.parametrize("options", [{}, {"compress": "rle"}], ids=["plain", "rle"])
+def test_the_same_cohort_gives_the_same_files(options, cohort, tmp_path):
+    first, second = (make_sample_dicom(cohort, tmp_path / name, split="test", **options) for name in ("a", "b"))
+    files = sorted(file.relative_to(first) for file in first.rglob("*") if file.is_file())
+    assert files == sorted(file.relative_to(second) for file in second.rglob("*") if file.is_file())
+    assert all((first / file).read_bytes() == (second / file).read_bytes() for file in files)
+
+
+def test_the_same_cohort_gives_the_same_enhanced_objects(cohort, tmp_path):
+    name = "test/sub-0003/IM0001.dcm"
+    first, second = (
+        dcmread(make_sample_dicom(cohort, tmp_path / folder, split="test", enhanced=True) / name) for folder in "ab"
+    )
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID", "PixelData"):
+        assert first[keyword].value == second[keyword].value
 
 
 def test_the_same_subject_of_another_seed_is_another_study(cohort, tmp_path):

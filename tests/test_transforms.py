@@ -288,3 +288,46 @@ def test_a_healthy_image_without_mask_has_an_empty_one_and_an_anomalous_one_has_
     image = torch.ones(1, 2, 3)
     assert ReadMaskd()({"image": image, "label": 0, "name": "a"})["mask"].sum() == 0
     assert "mask" not in ReadMaskd()({"image": image, "label": 1, "name": "a"})
+
+
+ANGLES = [(np.pi / 4, 0, 0), (0, np.pi / 4, 0), (0, 0, np.pi / 4), (np.pi / 4, np.pi / 4, 0), (0.3, -1.2, 2.0)]
+
+
+@pytest.mark.parametrize("plane", ["acquired", "axial", "coronal", "sagittal"])
+@pytest.mark.parametrize("angles", ANGLES)
+def test_orientation_is_undone_exactly_at_every_angle(tmp_path, plane, angles):
+    affine = nib.affines.from_matvec(nib.eulerangles.euler2mat(*angles) @ np.diag([1.0, 1.5, 4.0]), [1, 2, 3])
+    values = save_volume(tmp_path / "v.nii.gz", affine)
+    orient = OrientSlicesd("image", plane)
+    back = orient.inverse(orient(LoadCased("image")({"image": tmp_path / "v.nii.gz"})))["image"]
+    np.testing.assert_array_equal(back.numpy()[0], values)
+    np.testing.assert_allclose(back.affine.numpy(), affine, atol=1e-5)
+
+
+def test_the_affine_of_the_file_counts_whatever_its_voxel_sizes_say(tmp_path):
+    affine = np.array([[0, 0, 1.0, -9], [2.0, 0, 0, -8], [0, 3.0, 0, -7], [0, 0, 0, 1]])
+    save_volume(tmp_path / "v.nii", affine)
+    image = nib.load(tmp_path / "v.nii")
+    image.header["pixdim"][1:4] = 1
+    image.header["qform_code"] = 0
+    nib.Nifti1Image(image.get_fdata(), None, image.header).to_filename(tmp_path / "odd.nii")
+    loaded = LoadCased("image")({"image": tmp_path / "odd.nii"})["image"]
+    np.testing.assert_allclose(loaded.affine.numpy(), nib.load(tmp_path / "odd.nii").affine)
+
+
+def test_an_affine_that_is_none_is_refused(tmp_path):
+    save_volume(tmp_path / "v.nii")
+    image = nib.load(tmp_path / "v.nii")
+    image.header["srow_x"] = [0, 0, 0, 0]
+    nib.Nifti1Image(image.get_fdata(), None, image.header).to_filename(tmp_path / "flat.nii")
+    with pytest.raises(BundleError, match="affine that is not finite or not invertible"):
+        LoadCased("image")({"image": tmp_path / "flat.nii"})
+
+
+def test_a_mask_may_be_stored_with_other_axes_than_its_image(tmp_path):
+    values = save_volume(tmp_path / "v.nii.gz", AFFINES["oblique"])
+    mask = nib.Nifti1Image((values > 0.9).astype(np.uint8), AFFINES["oblique"])
+    turn = nib.orientations.axcodes2ornt("LIP")
+    nib.save(mask.as_reoriented(turn), tmp_path / "m.nii.gz")
+    case = LoadCased(["image", "mask"])({"image": tmp_path / "v.nii.gz", "mask": tmp_path / "m.nii.gz"})
+    np.testing.assert_array_equal(case["mask"].numpy()[0], values > 0.9)

@@ -126,7 +126,7 @@ def find_splits(dataset_dir: str | os.PathLike, seed: int = 0, needed: Sequence[
             found, a patient is in more than one split, or anomalous or test images lie where only healthy ones are
             looked for.
     """
-    path = Path(dataset_dir)
+    path = Path(os.path.abspath(dataset_dir))  # '.' has a name, too
     if not path.exists():
         raise BundleError(
             f"no data at '{path}': give --dataset_dir a BMAD folder, a folder of healthy images or a datalist"
@@ -216,17 +216,17 @@ def _check_patients(splits: dict[str, list[Case]]) -> None:
 
 def _patient(case: Case) -> str | None:
     """Whose image it is, if that is known; never shown."""
-    if "patient" in case:
+    if case.get("patient") is not None:
         return str(case["patient"])
-    subject = _BIDS_SUBJECT.search(Path(case["name"]).as_posix())
-    if subject:
-        return subject[1]
-    file = files_of(case["image"])[:1]
-    if not file or str(file[0]).lower().endswith((*FLAT_SUFFIXES, *NIFTI_SUFFIXES)):
-        return None
-    from bundle.dicom.series import patient_of  # highdicom is not everywhere
+    source = case["image"]
+    flat_or_nifti = isinstance(source, str) and source.lower().endswith((*FLAT_SUFFIXES, *NIFTI_SUFFIXES))
+    for file in () if flat_or_nifti else filter(Path.exists, files_of(source)):
+        if is_dicom_file(file):
+            from bundle.dicom.series import patient_of  # pydicom takes a second to import
 
-    return patient_of(file[0])
+            return patient_of(file)
+    subject = _BIDS_SUBJECT.search(Path(case["name"]).as_posix())
+    return subject[1] if subject else None
 
 
 def _place(case: Case) -> str:
@@ -240,7 +240,7 @@ def find_images(dataset_dir: str | os.PathLike) -> list[Case]:
     Raises:
         BundleError: if there is none.
     """
-    path = Path(dataset_dir)
+    path = Path(os.path.abspath(dataset_dir))  # '.' has a name, too
     if not path.exists():
         raise BundleError(f"no file or folder at '{path}': give --dataset_dir an image, a volume or a folder of them")
     return _unlabeled(path)
@@ -393,19 +393,24 @@ def _images_below(folder: Path) -> Iterator[_Found]:
     others, dicom = [], []
     for directory, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(name for name in subfolders if name.lower() not in _MASK_FOLDERS)
-        for file in (Path(directory) / name for name in sorted(names)):
-            if is_dicom_file(file):
-                dicom.append(file)
-            elif file.name.lower().endswith(SUFFIXES):
-                others.append(_Found(str(file), file))
+        files = [Path(directory) / name for name in sorted(names)]
+        own = [file for file in files if is_dicom_file(file)]
+        # what was emptied beside other DICOM files is named when it is read, not passed over
+        own += [file for file in files if own and not file.suffix and file not in own and not file.stat().st_size]
+        dicom += own
+        others += [_Found(str(file), file) for file in files if file not in own and _has_image_suffix(file)]
     yield from sorted([*others, *_series_of(dicom)], key=lambda image: image.path)
+
+
+def _has_image_suffix(file: Path) -> bool:
+    return file.name.lower().endswith((*FLAT_SUFFIXES, *NIFTI_SUFFIXES))
 
 
 def _series_of(files: list[Path]) -> list[_Found]:
     """The series of DICOM ``files``, by the name of the folder that is theirs alone, or ``folder/series-NUMBER``."""
     if not files:
         return []
-    from bundle.dicom.series import group_series  # highdicom is not everywhere
+    from bundle.dicom.series import group_series  # pydicom takes a second to import
 
     groups = group_series(files)
     folders = [Path(os.path.commonpath([file.parent for file in group.files])) for group in groups]

@@ -9,6 +9,8 @@ header of a multi-frame image.
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +22,24 @@ from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import RLELossless
+from pydicom.valuerep import TM
 
-from bundle.dicom.series import PRODUCT, frame_numbers, read_headers, volume_geometry
+from bundle.dicom.series import PRODUCT, read_headers, slice_places, volume_geometry
 
 MANUFACTURER = "dinov3_spatial_ar team"
 SCHEME = "99DINOV3AR"  # of the concepts that no public scheme has
 ANOMALY_SCORE = Code("anomaly-score", SCHEME, "Anomaly score")
 THRESHOLD = Code("anomaly-threshold", SCHEME, "Threshold of the anomaly score")
 SLICE_SCORE = Code("slice-anomaly-score", SCHEME, "Anomaly score of a slice")
+ABOVE = Code("anomaly-finding", SCHEME, "Score above threshold")
 Z_SCORE = Code("anomaly-z-score", SCHEME, "Standard deviations above healthy patches")
 _GRAY_LEVELS = 2**16 - 1
+_LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
+_LARGEST_NUMBER = 2**31 - 1  # of a series
+
+warnings.filterwarnings(
+    "ignore", 'The string ".*" is unlikely to represent'
+)  # highdicom's; it holds the patient's name
 
 
 MASK_FILE, MAP_FILE, REPORT_FILE = "{}_seg.dcm", "{}_heatmap.dcm", "{}_report.dcm"
@@ -84,7 +94,7 @@ def write_objects(stem: str | os.PathLike, files: Sequence[Path], found: Finding
     Raises:
         BundleError: if the images have no position in a patient.
     """
-    sources = read_headers(files)
+    sources = [_completed(source) for source in read_headers(files)]
     mask = segmentation(sources, found.anomaly_map > found.threshold, algorithm)
     mask.save_as(MASK_FILE.format(stem))
     parametric_map(sources, found.anomaly_map, found.threshold, algorithm).save_as(MAP_FILE.format(stem))
@@ -115,9 +125,10 @@ def segmentation(sources: Sequence[Dataset], mask: np.ndarray, algorithm: Algori
         tracking_uid=hd.UID(),
         tracking_id="anomaly",
     )
-    return seg.Segmentation(
+    written = seg.Segmentation(
         source_images=list(sources),
-        pixel_array=_volume(sources, mask.astype(np.uint8)),
+        pixel_array=_as_stored(sources, mask.astype(np.uint8)),
+        pixel_measures=_measures(sources),
         segmentation_type=seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[segment],
         content_label="ANOMALY",
@@ -126,6 +137,8 @@ def segmentation(sources: Sequence[Dataset], mask: np.ndarray, algorithm: Algori
         **_series(sources, 1, "Anomaly mask"),
         **_equipment(algorithm),
     )
+    _tell_spacing(written, sources)
+    return written
 
 
 def parametric_map(
@@ -156,16 +169,19 @@ def parametric_map(
     )
     written = hd.pm.ParametricMap(
         source_images=list(sources),
-        pixel_array=_volume(sources, stored),
+        pixel_array=_as_stored(sources, stored),
+        pixel_measures=_measures(sources),
         contains_recognizable_visual_features=False,
         real_world_value_mappings=[mapping],
         voi_lut_transformations=[_window(threshold, low, slope)],
         content_label="ANOMALY",
-        content_description=_described(algorithm),
+        content_description="Standard deviations above healthy patches",
+        contributing_equipment=[_contribution(algorithm)],
         **_series(sources, 2, "Anomaly map"),
         **_equipment(algorithm),
     )
     written.Laterality = sources[0].get("Laterality", "")  # type 2C: empty where it is unknown
+    _tell_spacing(written, sources)
     return written
 
 
@@ -183,8 +199,7 @@ def overlay_series(sources: Sequence[Dataset], pictures: np.ndarray, algorithm: 
     geometry = volume_geometry(sources)
     common = _series(sources, 3, "Anomaly overlay") | {"manufacturer": MANUFACTURER}
     images: list[Dataset] = []
-    for index, picture in enumerate(pictures):
-        source, frame = _place(sources, index)
+    for index, ((source, frame), picture) in enumerate(zip(slice_places(sources), pictures, strict=True)):
         image = hd.sc.SCImage.from_ref_dataset(
             source,
             pixel_array=np.ascontiguousarray(picture),
@@ -197,8 +212,12 @@ def overlay_series(sources: Sequence[Dataset], pictures: np.ndarray, algorithm: 
             **common | {"sop_instance_uid": hd.UID(), "instance_number": index + 1},
         )
         _sign(image, algorithm)
+        image.copy_patient_and_study_information(source)
+        for keyword in _LOSSY:
+            if keyword in source:
+                image[keyword] = source[keyword]
         image.Laterality = source.get("Laterality", "")
-        image.DerivationDescription = _described(algorithm)
+        image.DerivationDescription = f"{PRODUCT} {algorithm.version}; {_hashes(algorithm)}"
         image.ImageType = ["DERIVED", "SECONDARY", "OVERLAY"]
         image.SourceImageSequence = [_reference(source, frame)]
         image.FrameOfReferenceUID = source.FrameOfReferenceUID
@@ -245,16 +264,16 @@ def report(
             if np.isfinite(value)
         ],
         qualitative_evaluations=[
-            sr.QualitativeEvaluation(
-                name=Code("anomaly-finding", SCHEME, "Score above threshold"),
-                value=codes.SCT.Yes if score > image_threshold else codes.SCT.No,
-            )
-        ],
+            sr.QualitativeEvaluation(name=ABOVE, value=codes.SCT.Yes if score > image_threshold else codes.SCT.No)
+        ]
+        if np.isfinite(image_threshold)
+        else None,
     )
+    places = slice_places(sources)
     slices = [
         sr.MeasurementsAndQualitativeEvaluations(
-            tracking_identifier=sr.TrackingIdentifier(hd.UID(), f"slice {index + 1}"),
-            source_images=[_source_image(*_place(sources, index))],
+            tracking_identifier=sr.TrackingIdentifier(hd.UID(), _shown_as(*places[index])),
+            source_images=[_source_image(*places[index])],
             algorithm_id=identification,
             measurements=[
                 sr.Measurement(name=SLICE_SCORE, value=float(slice_scores[index]), unit=codes.UCUM.NoUnits),
@@ -285,15 +304,67 @@ def report(
     return written
 
 
-def _volume(sources: Sequence[Dataset], array: np.ndarray) -> hd.Volume:
-    return volume_geometry(sources).with_array(array)
+def _completed(source: Dataset) -> Dataset:
+    """``source`` with what is missing or malformed of patient and study left empty, since it would be copied."""
+    source.decode()
+    source.SpecificCharacterSet = "ISO_IR 192"
+    for keyword in (
+        "PatientID",
+        "PatientName",
+        "PatientBirthDate",
+        "PatientSex",
+        "StudyID",
+        "StudyDate",
+        "StudyTime",
+        "AccessionNumber",
+        "ReferringPhysicianName",
+    ):
+        if keyword not in source:
+            setattr(source, keyword, "")
+    source.SliceThickness = source.get("SliceThickness")  # highdicom reads it, whether it is there or not
+    if source.PatientSex not in ("M", "F", "O"):
+        source.PatientSex = ""
+    for keyword in ("PatientBirthDate", "StudyDate"):
+        if not re.fullmatch(r"\d{8}", str(source[keyword].value or "")):
+            setattr(source, keyword, "")
+    try:
+        TM(source.StudyTime or None)
+    except ValueError:
+        source.StudyTime = ""
+    return source
+
+
+def _as_stored(sources: Sequence[Dataset], array: np.ndarray) -> np.ndarray:
+    """``array`` in the order of slices or frames that ``sources`` have, by which highdicom refers to them."""
+    frames = [frame for _, frame in slice_places(sources) if frame is not None]
+    if not frames:
+        return array
+    stored = np.empty_like(array)
+    stored[np.array(frames) - 1] = array
+    return stored
+
+
+def _measures(sources: Sequence[Dataset]) -> hd.PixelMeasuresSequence:
+    grid = volume_geometry(sources)
+    return hd.PixelMeasuresSequence(
+        pixel_spacing=grid.pixel_spacing,
+        slice_thickness=float(sources[0].get("SliceThickness") or grid.spacing_between_slices),
+        spacing_between_slices=grid.spacing_between_slices,
+    )
+
+
+def _tell_spacing(written: Dataset, sources: Sequence[Dataset]) -> None:
+    """highdicom drops the distance of slices where positions are rounded; readers need it."""
+    measures = written.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    measures.SpacingBetweenSlices = _measures(sources)[0].SpacingBetweenSlices
 
 
 def _series(sources: Sequence[Dataset], number: int, description: str) -> dict[str, Any]:
     """A series of its own beside that of the sources."""
+    source = int(sources[0].get("SeriesNumber") or 0)
     return {
         "series_instance_uid": hd.UID(),
-        "series_number": int(sources[0].get("SeriesNumber") or 0) * 100 + number,
+        "series_number": number + (source * 100 if 0 < source < _LARGEST_NUMBER // 100 else 0),
         "sop_instance_uid": hd.UID(),
         "instance_number": 1,
         "series_description": f"{description} ({PRODUCT}, research)",
@@ -326,8 +397,18 @@ def _identification(algorithm: Algorithm) -> hd.AlgorithmIdentificationSequence:
     )
 
 
-def _described(algorithm: Algorithm) -> str:
-    return f"{PRODUCT} {algorithm.version}, model {algorithm.model[:16]}"
+def _contribution(algorithm: Algorithm) -> hd.ContributingEquipment:
+    return hd.ContributingEquipment(
+        MANUFACTURER,
+        codes.DCM.ProcessingEquipment,
+        manufacturer_model_name=PRODUCT,
+        software_versions=algorithm.version,
+        contribution_description=_hashes(algorithm),
+    )
+
+
+def _hashes(algorithm: Algorithm) -> str:
+    return f"weights sha256 {algorithm.weights}; model sha256 {algorithm.model}"
 
 
 def _window(threshold: float, low: float, slope: float) -> hd.VOILUTTransformation:
@@ -342,11 +423,9 @@ def _row_and_column_direction(geometry: hd.VolumeGeometry) -> tuple[str, str]:
     return directions[2].value, directions[1].value
 
 
-def _place(sources: Sequence[Dataset], index: int) -> tuple[Dataset, int | None]:
-    """The image that holds slice ``index``, and its frame if the image has several."""
-    if len(sources) == 1 and int(sources[0].get("NumberOfFrames") or 1) > 1:
-        return sources[0], frame_numbers(sources[0])[index]
-    return sources[index], None
+def _shown_as(source: Dataset, frame: int | None) -> str:
+    """What viewers call a slice."""
+    return f"instance {source.get('InstanceNumber', '?')}" if frame is None else f"frame {frame}"
 
 
 def _reference(source: Dataset, frame: int | None) -> Dataset:

@@ -1,28 +1,34 @@
 """DICOM files to series, and a series to a volume with its affine, or to one line that says why it is none.
 
-A series is an ordered volume only if its slices have one size, spacing and orientation, and stand at equal distances:
-anything else is refused, for a wrong geometry would not be seen in the result. Pixels are decoded by pydicom's plugins.
+A series is an ordered volume only if its slices have one size, spacing and orientation and stand in line at equal
+distances: anything else is refused, for a wrong geometry would not be seen in the result. Slices of a series and frames
+of a multi-frame image pass the same checks. Pixels are decoded by pydicom's plugins.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import highdicom as hd
 import numpy as np
+import pydicom.config
 from pydicom import Dataset, dcmread
-from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID
 
 from bundle.errors import BundleError
 
+if TYPE_CHECKING:  # it needs pydicom 3; headers can be read and checked without it
+    import highdicom as hd
+
 SPACING_TOLERANCE = 0.05  # of the distance of two slices, relative; scanners round positions, a missing slice is 1
+SIDE_TOLERANCE = 1e-3  # of the sides of a pixel, relative
 ANGLE_TOLERANCE = 1e-3  # of direction cosines; positions in files have few digits
 PRODUCT = "dinov3_spatial_ar"  # ManufacturerModelName of what this bundle writes
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _HEADER = [
     "SeriesInstanceUID",
@@ -30,17 +36,31 @@ _HEADER = [
     "ImageType",
     "NumberOfFrames",
     "Rows",
+    "SharedFunctionalGroupsSequence",
 ]
 # objects with pixels that are results or doses, not images of a patient
 _DERIVED_MODALITIES = ("SEG", "RTDOSE")
 _PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
+_PIXELS: dict[str, Any] = {"dtype": np.float32, "apply_real_world_transform": False}
+
+# what these say of a file holds values of its header, which may be the patient's; errors come as one line from here
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+logging.getLogger("highdicom").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", module=r"(pydicom|highdicom)\b")
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+
+T = TypeVar("T")
+
+
+class NoImageError(BundleError):
+    """A sound DICOM object that is no image to examine: a report, a result, a localizer."""
 
 
 class DicomVolume(NamedTuple):
     """What a series holds.
 
     Attributes:
-        pixels: [C, x, y, slices] float32, C = 1 or 3, after rescale slope and intercept.
+        pixels: [C, x, y, slices] float32, C = 1 or 3, after rescale slope and intercept; padding is the lowest value.
         affine: [4, 4], from voxel indices to mm in RAS.
         modality: ``MR``, ``CT``, ...
         files: of the slices, in order; the one file of a multi-frame image.
@@ -63,6 +83,27 @@ class Series(NamedTuple):
     name: str
 
 
+class _Plane(NamedTuple):
+    """Where a slice or frame lies: mm in DICOM's frame (left, posterior, superior)."""
+
+    name: str
+    position: np.ndarray
+    cosines: np.ndarray  # [2, 3], of increasing column and increasing row
+    spacing: np.ndarray  # [2], of columns and of rows
+    thickness: float
+
+    @property
+    def normal(self) -> np.ndarray:
+        return np.cross(self.cosines[0], self.cosines[1])
+
+
+class _Stack(NamedTuple):
+    """The order of slices along their normal, and the affine [4, 4] of [column, row, slice] in DICOM's frame."""
+
+    order: list[int]
+    affine: np.ndarray
+
+
 def group_series(files: Iterable[Path]) -> list[Series]:
     """Split ``files`` into what is to be read together, in order of name.
 
@@ -73,12 +114,12 @@ def group_series(files: Iterable[Path]) -> list[Series]:
     for file in files:
         try:
             header = dcmread(file, stop_before_pixels=True, specific_tags=_HEADER)
-        except (InvalidDicomError, OSError, ValueError, AttributeError):
-            groups[file] = Series([file], file.name)
-            continue
-        alone = "Rows" not in header or int(header.get("NumberOfFrames") or 1) > 1 or "SeriesInstanceUID" not in header
-        key = file if alone else (header.SeriesInstanceUID, _is_localizer(header))
-        name = f"{'localizer' if _is_localizer(header) else 'series'}-{header.get('SeriesNumber') or 0}"
+            alone = "Rows" not in header or _is_multi_frame(header) or not header.get("SeriesInstanceUID")
+            key: Any = file if alone else (str(header.SeriesInstanceUID), _is_localizer(header))
+            kind = "localizer" if _is_localizer(header) else "series"
+            name = file.name if alone else f"{kind}-{_number(header, 'SeriesNumber', 0)}"
+        except Exception:  # damaged headers raise whatever they like; reading the file tells
+            key, name = file, file.name
         groups.setdefault(key, Series([], name)).files.append(file)
     return list(groups.values())
 
@@ -87,9 +128,9 @@ def patient_of(file: Path) -> str | None:
     """The identity of the patient, to keep a patient's images in one split; never to be shown. None if unknown."""
     try:
         header = dcmread(file, stop_before_pixels=True, specific_tags=["PatientID", "StudyInstanceUID"])
-    except (InvalidDicomError, OSError, ValueError, AttributeError):
+        return str(header.get("PatientID") or header.get("StudyInstanceUID") or "") or None
+    except Exception:  # as above
         return None
-    return str(header.get("PatientID") or header.get("StudyInstanceUID") or "") or None
 
 
 def read_headers(files: Sequence[Path]) -> list[Dataset]:
@@ -98,7 +139,10 @@ def read_headers(files: Sequence[Path]) -> list[Dataset]:
     Raises:
         BundleError: if they are no volume.
     """
-    return _in_order([_read(file, stop_before_pixels=True) for file in files], files)
+    datasets = [_read(file, stop_before_pixels=True) for file in files]
+    if len(datasets) == 1 or not _have_positions(datasets):
+        return datasets
+    return [datasets[index] for index in _stack(datasets).order]
 
 
 def read_volume(files: Sequence[Path]) -> DicomVolume:
@@ -114,37 +158,29 @@ def read_volume(files: Sequence[Path]) -> DicomVolume:
     Raises:
         BundleError: one line with the file and the reason.
     """
-    datasets = _in_order([_read(file) for file in files], files)
+    datasets = [_read(Path(file)) for file in files]
+    if not datasets:
+        raise BundleError("a DICOM series has no file: give a folder with a series")
     first = datasets[0]
-    in_order = [Path(str(dataset.filename)) for dataset in datasets]
-    for dataset in datasets:
-        _check_pixels(dataset)
-    if not _has_position(first):
-        if len(datasets) > 1 or _frames(first) > 1:
-            count = max(len(datasets), _frames(first))
-            raise BundleError(f"'{_place(files)}' has {count} images without positions: give them one by one")
-        pixels = _decode(lambda: hd.Image.from_dataset(first, copy=False).get_frame(1, dtype=np.float32), files)
-        rows, columns = (float(side) for side in first.get("PixelSpacing", first.get("ImagerPixelSpacing", (1, 1))))
+    modality = str(first.get("Modality", "")).strip()
+    if not _have_positions(datasets):
+        count = max(len(datasets), _frames(first))
+        if count > 1:
+            raise BundleError(f"'{_place(datasets)}' has {count} images without positions: give them one by one")
+        columns, rows = _reading(first, _side_of_pixels)
         affine = np.diag([-columns, -rows, 1.0, 1.0])
-        return DicomVolume(_to_xyz(pixels[None]), affine, _modality(first), in_order, [1], positioned=False)
-    if _frames(first) > 1:
-        image = hd.Image.from_dataset(first, copy=False)
-        volume = _decode(lambda: image.get_volume(rtol=SPACING_TOLERANCE, **_PIXELS), files)
-        instances = frame_numbers(first)
-    else:
-        volume = _decode(
-            lambda: hd.get_volume_from_series(
-                datasets, rtol=SPACING_TOLERANCE, orientation_tol=ANGLE_TOLERANCE, **_PIXELS
-            ),
-            files,
+        return DicomVolume(
+            _to_xyz(_without_padding(_frames_of(first))), affine, modality, _files(datasets), [1], positioned=False
         )
-        instances = [int(dataset.get("InstanceNumber") or index + 1) for index, dataset in enumerate(datasets)]
-    volume = volume.flip_spatial(0)  # highdicom stacks against the normal
-    affine = volume.get_affine("RAH")[:, [2, 1, 0, 3]]  # of [x, y, slices]
-    return DicomVolume(_to_xyz(np.asarray(volume.array)), affine, _modality(first), in_order, instances)
-
-
-_PIXELS: dict[str, Any] = {"dtype": np.float32, "apply_real_world_transform": False}
+    order, affine = _stack(datasets)
+    if _is_multi_frame(first):
+        array = _frames_of(first)[order]
+        instances = [index + 1 for index in order]
+    else:
+        datasets = [datasets[index] for index in order]
+        array = np.concatenate([_frames_of(dataset) for dataset in datasets])
+        instances = [_number(dataset, "InstanceNumber", index) for index, dataset in enumerate(datasets, start=1)]
+    return DicomVolume(_to_xyz(_without_padding(array)), LPS_TO_RAS @ affine, modality, _files(datasets), instances)
 
 
 def volume_geometry(sources: Sequence[Dataset]) -> hd.VolumeGeometry:
@@ -153,104 +189,123 @@ def volume_geometry(sources: Sequence[Dataset]) -> hd.VolumeGeometry:
     Raises:
         BundleError: if they have no position.
     """
+    import highdicom as hd
+
     first = sources[0]
-    if not _has_position(first):
+    if not _have_positions(sources) or not first.get("FrameOfReferenceUID"):
         raise BundleError(
-            f"'{first.filename}' has no position in a patient: DICOM results need one, leave write_dicom off"
+            f"'{_place(sources)}' has no position in a patient: DICOM results need one, leave write_dicom off for it"
         )
-    if _frames(first) > 1:
-        geometry = hd.Image.from_dataset(first, copy=False).get_volume_geometry(rtol=SPACING_TOLERANCE)
-        assert geometry is not None  # it was a volume when its pixels were read
-        return geometry.flip_spatial(0)
-    step = _normal(first) * (_thickness(first) if len(sources) == 1 else 1.0)
-    if len(sources) > 1:
-        step = (_position(sources[-1]) - _position(first)) / (len(sources) - 1)
-    cosines = np.array(first.ImageOrientationPatient, dtype=float).reshape(2, 3)
-    rows, columns = map(float, first.PixelSpacing)
-    affine = np.eye(4)
-    affine[:3] = np.stack([step, cosines[1] * rows, cosines[0] * columns, _position(first)], axis=1)
+    order, affine = _stack(sources)
     return hd.VolumeGeometry(
-        affine,
-        (len(sources), first.Rows, first.Columns),
+        affine[:, [2, 1, 0, 3]],
+        (len(order), first.Rows, first.Columns),
         coordinate_system="PATIENT",
-        frame_of_reference_uid=first.get("FrameOfReferenceUID"),
+        frame_of_reference_uid=first.FrameOfReferenceUID,
     )
 
 
-def frame_numbers(source: Dataset) -> list[int]:
-    """Of a multi-frame image, the numbers of its frames, from 1, in the order of :func:`read_volume`'s slices."""
-    shared = source.SharedFunctionalGroupsSequence[0]
-    frames = source.PerFrameFunctionalGroupsSequence
-    plane = shared.get("PlaneOrientationSequence") or frames[0].PlaneOrientationSequence
-    normal = _normal(plane[0])
-    heights = [float(_position(frame.PlanePositionSequence[0]) @ normal) for frame in frames]
-    return [index + 1 for index in np.argsort(heights, kind="stable").tolist()]
+def slice_places(sources: Sequence[Dataset]) -> list[tuple[Dataset, int | None]]:
+    """Of each slice in order, the image that holds it, and its frame number if that image has frames."""
+    if _is_multi_frame(sources[0]):
+        return [(sources[0], index + 1) for index in _stack(sources).order]
+    return [(source, None) for source in sources]
 
 
 def _read(file: Path, stop_before_pixels: bool = False) -> Dataset:
     """One file.
 
     Raises:
-        BundleError: if it is truncated, or no image of a patient.
+        NoImageError: if it is sound, but no image of a patient.
+        BundleError: if it is truncated or damaged.
     """
     try:
-        with _quiet():
-            dataset = dcmread(file, stop_before_pixels=stop_before_pixels)
+        dataset = dcmread(file, stop_before_pixels=stop_before_pixels)
+        name = UID(str(dataset.get("SOPClassUID", ""))).name or "unknown class"
+        modality = str(dataset.get("Modality") or "?")
+        localizer = _is_localizer(dataset)
+        screen = "SCREEN SAVE" in (dataset.get("ImageType") or ())
+        derived = (
+            modality in _DERIVED_MODALITIES
+            or dataset.get("SOPClassUID") == _PARAMETRIC_MAP
+            or dataset.get("ManufacturerModelName") == PRODUCT
+        )
+        _frames(dataset)
     except Exception as error:
         raise _unreadable(file, error) from error
-    name = UID(str(dataset.get("SOPClassUID", ""))).name or "unknown class"
     if "Rows" not in dataset and "Image Storage" in name:
         raise _without_pixels(file)
-    if (
-        "Rows" not in dataset
-        or dataset.get("Modality") in _DERIVED_MODALITIES
-        or dataset.get("SOPClassUID") == _PARAMETRIC_MAP
-        or dataset.get("ManufacturerModelName") == PRODUCT
-    ):
-        raise BundleError(
-            f"'{file}' is no image to examine ({name}, modality {dataset.get('Modality', '?')}): "
-            "remove it, or skip such files with --on_error skip"
-        )
-    if _is_localizer(dataset):
-        raise BundleError(
-            f"'{file}' is a localizer ({dataset.get('Modality', '?')}): remove it, or skip such files with "
+    if "Rows" not in dataset or derived or screen:
+        raise NoImageError(
+            f"'{file}' is no image to examine ({name}, modality {modality}): remove it, or skip such files with "
             "--on_error skip"
         )
+    if localizer:
+        raise NoImageError(f"'{file}' is a localizer ({modality}): remove it, or skip such files with --on_error skip")
+    pixels = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+    if not stop_before_pixels and not any(keyword in dataset for keyword in pixels):
+        raise _without_pixels(file)
     return dataset
 
 
-def _in_order(datasets: list[Dataset], files: Sequence[Path]) -> list[Dataset]:
-    """The slices along the normal of their plane.
+def _stack(datasets: Sequence[Dataset]) -> _Stack:
+    """How the slices of a series, or the frames of a multi-frame image, stand.
 
     Raises:
-        BundleError: if they are no volume.
+        BundleError: if not in line at equal distances.
     """
-    place = _place(files)
-    if not datasets:
-        raise BundleError(f"'{place}' holds no image: give a folder with a DICOM series")
-    first = datasets[0]
-    if len(datasets) == 1 or not all(map(_has_position, datasets)):
-        return datasets
-    for what, tags in (("size", ("Rows", "Columns")), ("pixel spacing", ("PixelSpacing",))):
-        values = sorted({" x ".join(str(dataset.get(tag)) for tag in tags) for dataset in datasets})
-        if len(values) > 1:
-            raise BundleError(f"'{place}' mixes slices of {what} {' and '.join(values[:3])}: separate them")
-    cosines = np.array([dataset.ImageOrientationPatient for dataset in datasets], dtype=float)
-    if np.abs(cosines - cosines[0]).max() > ANGLE_TOLERANCE:
-        raise BundleError(f"'{place}' mixes slices of different orientation, as a localizer does: separate them")
-    if len({dataset.get("FrameOfReferenceUID") for dataset in datasets}) > 1:
+    place = _place(datasets)
+    planes = [plane for dataset in datasets for plane in _reading(dataset, _planes_of)]
+    first = planes[0]
+    sizes = sorted({(dataset.Rows, dataset.Columns) for dataset in datasets})
+    if len(sizes) > 1:
+        found = " and ".join(f"{rows} x {columns}" for rows, columns in sizes[:3])
+        raise BundleError(f"'{place}' mixes slices of size {found}: separate them")
+    for plane in planes:
+        if not np.allclose(plane.spacing, first.spacing, rtol=SIDE_TOLERANCE):
+            raise BundleError(
+                f"'{place}' mixes slices of pixel spacing {_sides(first)} and {_sides(plane)} ('{plane.name}'): "
+                "separate them"
+            )
+        if np.abs(plane.cosines - first.cosines).max() > ANGLE_TOLERANCE:
+            raise BundleError(
+                f"'{place}' mixes slices of different orientation ('{first.name}' and '{plane.name}'), as a localizer "
+                "does: separate them"
+            )
+    if len({str(dataset.get("FrameOfReferenceUID")) for dataset in datasets}) > 1:
         raise BundleError(f"'{place}' mixes frames of reference (the patient was moved): separate its slices")
-    positions = np.array([_position(dataset) for dataset in datasets])
-    heights = positions @ _normal(first)
+    order, step = _in_line(place, planes) if len(planes) > 1 else ([0], first.thickness)
+    affine = np.eye(4)
+    affine[:3] = np.stack(
+        [
+            first.cosines[0] * first.spacing[0],
+            first.cosines[1] * first.spacing[1],
+            first.normal * step,
+            planes[order[0]].position,
+        ],
+        axis=1,
+    )
+    return _Stack(order, affine)
+
+
+def _in_line(place: Any, planes: Sequence[_Plane]) -> tuple[list[int], float]:
+    """The order of ``planes`` along their normal, and their distance in mm.
+
+    Raises:
+        BundleError: if one is missing, twice there, or off the line.
+    """
+    normal = planes[0].normal
+    positions = np.array([plane.position for plane in planes])
+    heights = positions @ normal
     order = np.argsort(heights, kind="stable")
     gaps = np.diff(heights[order])
     usual = float(np.median(gaps))
-    names = [Path(str(datasets[index].filename)).name for index in order]
+    names = [planes[index].name for index in order]
     if usual <= 0 or gaps.min() < SPACING_TOLERANCE * usual:
         at = int(gaps.argmin())
         raise BundleError(
-            f"'{place}' has several slices at one position ('{names[at]}' and '{names[at + 1]}'), as echoes or time "
-            "points have: separate them"
+            f"'{place}' has several slices at one position ('{names[at]}' and '{names[at + 1]}'), as echoes, time "
+            "points and copies have: separate them"
         )
     if np.abs(gaps - usual).max() > SPACING_TOLERANCE * usual:
         at = int(np.abs(gaps - usual).argmax())
@@ -258,49 +313,104 @@ def _in_order(datasets: list[Dataset], files: Sequence[Path]) -> list[Dataset]:
             f"'{place}' lacks slices: '{names[at]}' and '{names[at + 1]}' are {gaps[at]:.2f} mm apart, others "
             f"{usual:.2f} mm: complete the series, or skip such files with --on_error skip"
         )
-    along = positions[order[-1]] - positions[order[0]]
-    sheared = np.linalg.norm(along - _normal(first) * (along @ _normal(first)))
-    if sheared > SPACING_TOLERANCE * usual:
+    step = float(heights[order[-1]] - heights[order[0]]) / len(gaps)
+    line = positions[order[0]] + step * np.arange(len(order))[:, None] * normal
+    off = np.linalg.norm(positions[order] - line, axis=1)
+    if off.max() > SPACING_TOLERANCE * usual:
         raise BundleError(
-            f"'{place}' is sheared by {sheared:.2f} mm, as with a tilted gantry: resample it to a straight volume"
+            f"'{place}' is no straight stack: '{names[int(off.argmax())]}' stands {off.max():.2f} mm off, as with a "
+            "tilted gantry or a moved table: resample it to a straight volume"
         )
-    return [datasets[index] for index in order]
+    return order.tolist(), step
 
 
-def _check_pixels(dataset: Dataset) -> None:
-    if not any(keyword in dataset for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        raise _without_pixels(dataset.filename)
-    if _frames(dataset) == 1:
-        try:
-            with _quiet():
-                dataset.pixel_array  # noqa: B018  decoded once and kept by pydicom
-        except Exception as error:
-            raise _unreadable(dataset.filename, error) from error
+def _planes_of(dataset: Dataset) -> list[_Plane]:
+    """The plane of an image, or of each frame of a multi-frame image."""
+    if not _is_multi_frame(dataset):
+        return [_plane(Path(str(dataset.filename)).name, dataset, dataset, dataset)]
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+
+    def of(frame: Dataset, group: str) -> Dataset:
+        return (frame.get(group) or shared.get(group))[0]
+
+    return [
+        _plane(
+            f"frame {number}",
+            of(frame, "PlanePositionSequence"),
+            of(frame, "PlaneOrientationSequence"),
+            of(frame, "PixelMeasuresSequence"),
+        )
+        for number, frame in enumerate(dataset.PerFrameFunctionalGroupsSequence, start=1)
+    ]
 
 
-def _decode(decode: Any, files: Sequence[Path]) -> Any:
+def _plane(name: str, position: Dataset, orientation: Dataset, measures: Dataset) -> _Plane:
+    rows, columns = map(float, measures.PixelSpacing)
+    thickness = measures.get("SliceThickness") or measures.get("SpacingBetweenSlices") or 1.0
+    return _Plane(
+        name,
+        np.array(position.ImagePositionPatient, dtype=float),
+        np.array(orientation.ImageOrientationPatient, dtype=float).reshape(2, 3),
+        np.array([columns, rows]),
+        abs(float(thickness)),
+    )
+
+
+def _side_of_pixels(dataset: Dataset) -> tuple[float, float]:
+    """Of columns and rows, in mm, 1 if unknown."""
+    rows, columns = dataset.get("PixelSpacing") or dataset.get("ImagerPixelSpacing") or (1, 1)
+    return float(columns), float(rows)
+
+
+def _frames_of(dataset: Dataset) -> np.ndarray:
+    """The frames of an image, [frames, rows, columns] or [frames, rows, columns, 3] float32; padding is NaN."""
+    import highdicom as hd
+
+    def decode(image: Dataset) -> np.ndarray:
+        if _is_multi_frame(image) or not _have_positions([image]) or not image.get("FrameOfReferenceUID"):
+            values = hd.Image.from_dataset(image, copy=False).get_frames(**_PIXELS)
+        else:  # the same, and ten times as fast for single frames
+            image.SpacingBetweenSlices = image.get("SpacingBetweenSlices") or 1.0
+            values = hd.get_volume_from_series([image], **_PIXELS).array
+        return _padding_marked(np.asarray(values), image)
+
+    return _reading(dataset, decode)
+
+
+def _padding_marked(values: np.ndarray, image: Dataset) -> np.ndarray:
+    padding = image.get("PixelPaddingValue")
+    if padding is not None and values.ndim == 3:
+        low, high = sorted([int(padding), int(image.get("PixelPaddingRangeLimit", padding))])
+        stored = image.pixel_array.reshape(values.shape)
+        values[(stored >= low) & (stored <= high)] = np.nan
+    return values
+
+
+def _without_padding(array: np.ndarray) -> np.ndarray:
+    """Padding, which is no tissue, becomes the lowest value of all frames."""
+    padded = np.isnan(array)
+    if padded.any():
+        array[padded] = 0 if padded.all() else np.nanmin(array)
+    return array
+
+
+def _reading(dataset: Dataset, read: Callable[[Dataset], T]) -> T:
+    """What ``read`` finds in ``dataset``.
+
+    Raises:
+        BundleError: with the file, for whatever it raises.
+    """
     try:
-        with _quiet():
-            return decode()
+        return read(dataset)
+    except BundleError:
+        raise
     except Exception as error:
-        raise _unreadable(_place(files), error) from error
+        raise _unreadable(dataset.filename, error) from error
 
 
 def _unreadable(place: Any, error: Exception) -> BundleError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return BundleError(f"cannot read '{place}' ({reason}): replace the file, or skip such files with --on_error skip")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """pydicom logs what it is about to raise, with values of the header: it comes as one line from us."""
-    logger = logging.getLogger("pydicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _without_pixels(place: Any) -> BundleError:
@@ -309,39 +419,62 @@ def _without_pixels(place: Any) -> BundleError:
     )
 
 
-def _place(files: Sequence[Path]) -> Path:
-    return files[0] if len(files) == 1 else files[0].parent
+def _files(datasets: Sequence[Dataset]) -> list[Path]:
+    return [Path(str(dataset.filename)) for dataset in datasets]
+
+
+def _place(datasets: Sequence[Dataset]) -> Path:
+    first = Path(str(datasets[0].filename))
+    return first if len(datasets) == 1 else first.parent
+
+
+def _sides(plane: _Plane) -> str:
+    return f"{plane.spacing[0]:g} x {plane.spacing[1]:g} mm"
 
 
 def _frames(dataset: Dataset) -> int:
     return int(dataset.get("NumberOfFrames") or 1)
 
 
+def _number(dataset: Dataset, keyword: str, default: int) -> int:
+    try:
+        return int(dataset.get(keyword) or default)
+    except (TypeError, ValueError):
+        return default
+
+
+def _is_multi_frame(dataset: Dataset) -> bool:
+    """Of one frame or more: what counts is that the geometry is told by frames."""
+    return _frames(dataset) > 1 or "SharedFunctionalGroupsSequence" in dataset
+
+
 def _is_localizer(header: Dataset) -> bool:
     return "LOCALIZER" in (header.get("ImageType") or ())
 
 
+def _have_positions(datasets: Sequence[Dataset]) -> bool:
+    """Whether all images lie somewhere in a patient.
+
+    Raises:
+        BundleError: if some do.
+    """
+    without = [dataset for dataset in datasets if not _has_position(dataset)]
+    if without and len(without) < len(datasets):
+        raise BundleError(
+            f"'{without[0].filename}' has no position, but other slices of its series have: remove it, or skip such "
+            "files with --on_error skip"
+        )
+    return not without
+
+
 def _has_position(dataset: Dataset) -> bool:
-    if _frames(dataset) > 1:
-        return "SharedFunctionalGroupsSequence" in dataset
-    return all(dataset.get(tag) is not None for tag in ("ImagePositionPatient", "ImageOrientationPatient"))
-
-
-def _position(dataset: Dataset) -> np.ndarray:
-    return np.array(dataset.ImagePositionPatient, dtype=float)
-
-
-def _normal(dataset: Dataset) -> np.ndarray:
-    cosines = np.array(dataset.ImageOrientationPatient, dtype=float).reshape(2, 3)
-    return np.cross(cosines[0], cosines[1])
-
-
-def _thickness(dataset: Dataset) -> float:
-    return float(dataset.get("SpacingBetweenSlices") or dataset.get("SliceThickness") or 1.0)
-
-
-def _modality(dataset: Dataset) -> str:
-    return str(dataset.get("Modality", "")).strip()
+    if _is_multi_frame(dataset):
+        groups = [
+            *dataset.get("SharedFunctionalGroupsSequence", ()),
+            *dataset.get("PerFrameFunctionalGroupsSequence", ()),
+        ]
+        return any(group.get("PlanePositionSequence") for group in groups)
+    return all(dataset.get(tag) for tag in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"))
 
 
 def _to_xyz(array: np.ndarray) -> np.ndarray:

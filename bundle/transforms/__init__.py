@@ -6,7 +6,7 @@ from bundle.transforms.intensity import (
     ScaleHounsfieldWindow,
     ScaleIntensityByModalityd,
 )
-from bundle.transforms.loading import LoadCased
+from bundle.transforms.loading import LoadCased, RequireDicomd
 from bundle.transforms.masks import ReadMaskd
 from bundle.transforms.slices import ExtractSlicesd, OrientSlicesd
 
@@ -16,6 +16,7 @@ __all__ = [
     "LoadCased",
     "OrientSlicesd",
     "ReadMaskd",
+    "RequireDicomd",
     "ScaleForegroundPercentiles",
     "ScaleHounsfieldWindow",
     "ScaleIntensityByModalityd",

@@ -7,16 +7,18 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.data.image_reader import NibabelReader, PILReader
+from monai.data.image_reader import PILReader
 from monai.transforms import MapTransform
 from PIL import Image
 from pydicom.misc import is_dicom
 
 from bundle.errors import BundleError
+from bundle.transforms.axes import turn_between, turned
 
 FLAT_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -43,7 +45,27 @@ def files_of(source: Source) -> list[Path]:
     if not isinstance(source, (str, os.PathLike)):
         return [Path(file) for file in source]
     path = Path(source)
-    return sorted(path.iterdir()) if path.is_dir() else [path]
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+
+
+class RequireDicomd(MapTransform):
+    """Refuse what no DICOM result could refer to: loaded ``keys`` must come from DICOM, with a place in a patient.
+
+    Raises:
+        BundleError: for anything else.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Check each key of ``data``, which stays as it is."""
+        for key in self.key_iterator(dict(data)):
+            meta = data[key].meta
+            if "files" not in meta:
+                place = meta["filename_or_obj"]
+                raise BundleError(f"write_dicom needs DICOM images, but '{place}' is none: leave it off, or give DICOM")
+            from bundle.dicom.series import read_headers, volume_geometry  # highdicom is not everywhere
+
+            volume_geometry(read_headers([Path(file) for file in meta["files"]]))
+        return dict(data)
 
 
 class _Pixels(NamedTuple):
@@ -70,6 +92,7 @@ class LoadCased(MapTransform):
     Args:
         keys: what to load: see :data:`Source`.
         channel: the volume of a 4D NIfTI file to take, from 0; None: 4D files are refused. 3D files have one.
+        min_slices: of an image; 2 or more where a volume is wanted.
         allow_missing_keys: do not fail where a case has no such key.
 
     Raises:
@@ -78,18 +101,39 @@ class LoadCased(MapTransform):
             image; if a DICOM series is no regular volume (see :mod:`bundle.dicom.series`).
     """
 
-    def __init__(self, keys: KeysCollection, channel: int | None = None, allow_missing_keys: bool = False) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        channel: int | None = None,
+        min_slices: int = 1,
+        allow_missing_keys: bool = False,
+    ) -> None:
         super().__init__(keys, allow_missing_keys)
         if channel is not None and (not isinstance(channel, int) or channel < 0):
             raise BundleError(f"channel is {channel!r}: give the volume of a 4D file, a number from 0, or null")
+        if min_slices < 1:
+            raise BundleError(f"min_slices is {min_slices}: give at least 1")
         self.channel = channel
+        self.min_slices = min_slices
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace each path of ``data`` by what it holds."""
         loaded = dict(data)
+        images: list[MetaTensor] = []
         for key in self.key_iterator(loaded):
             loaded[key] = load_case(loaded[key], self.channel)
-        _check_same_grid([loaded[key] for key in self.key_iterator(loaded)])
+            if images and _is_placed(images[0]) and _is_placed(loaded[key]):
+                loaded[key] = turned(loaded[key], turn_between(loaded[key].affine, images[0].affine))
+            images.append(loaded[key])
+        for image in images[:1]:
+            axis = image.meta["slice_axis"]
+            slices = image.shape[1:][2 if axis is None else axis]
+            if slices < self.min_slices:
+                raise BundleError(
+                    f"'{image.meta['filename_or_obj']}' has {slices} slices, but min_slices is {self.min_slices}: give "
+                    "a volume, or lower min_slices"
+                )
+        _check_same_grid(images)
         return loaded
 
 
@@ -149,8 +193,7 @@ def _read(place: str, reader: Callable[..., _Pixels], *arguments: Any) -> _Pixel
 
 
 def _read_nifti(path: str, channel: int | None) -> _Pixels:
-    reader = NibabelReader()
-    image = reader.read(path)
+    image: Any = nib.load(path)  # MONAI's reader changes affines that disagree with the size of voxels
     volumes = image.shape[3] if len(image.shape) == 4 else 1
     if len(image.shape) == 4 and volumes > 1:
         if channel is None:
@@ -166,11 +209,14 @@ def _read_nifti(path: str, channel: int | None) -> _Pixels:
         )
     if len(image.shape) == 4:
         image = image.slicer[..., channel if volumes > 1 else 0]
-    values, header = reader.get_data(image)
-    values = np.asarray(values, dtype=np.float32)
+    if image.get_data_dtype().kind not in "iuf":
+        raise BundleError(f"'{path}' has pixels of type {image.get_data_dtype()}: give real numbers")
+    values = np.asarray(image.dataobj, dtype=np.float32)
     values = values[..., None] if values.ndim == 2 else values
     told = image.header.get_dim_info()[2] if hasattr(image.header, "get_dim_info") else None
-    affine = np.asarray(header["affine"], dtype=np.float64)
+    affine = np.asarray(image.affine, dtype=np.float64)
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+        raise BundleError(f"'{path}' has an affine that is not finite or not invertible: correct its header")
     axis = 2 if values.shape[2] == 1 else acquisition_axis(np.linalg.norm(affine[:3, :3], axis=0).tolist(), told)
     return _Pixels(values[None], affine, slice_axis=axis)
 
@@ -191,7 +237,7 @@ def _read_dicom(files: list[Path]) -> _Pixels:
 
     if len(files) == 1 and files[0].is_dir():
         folder = files[0]
-        series = group_series([file for file in files_of(folder) if file.is_file() and is_dicom_file(file)])
+        series = group_series(filter(is_dicom_file, files_of(folder)))
         if len(series) != 1:
             raise BundleError(
                 f"'{folder}' holds {len(series)} DICOM series and other objects: give the folder of one series, or "
@@ -215,12 +261,17 @@ def _check_same_grid(images: Sequence[MetaTensor]) -> None:
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"'{path}' {'x'.join(map(str, shape))}" for path, shape in sizes.items())
         raise BundleError(f"image and mask differ in size ({listed}): give a mask on the grid of its image")
-    placed = [image for image in images if not str(image.meta["filename_or_obj"]).lower().endswith(FLAT_SUFFIXES)]
+    placed = [image for image in images if _is_placed(image)]
     if any(not torch.allclose(image.affine, placed[0].affine, atol=1e-2) for image in placed[1:]):
         names = ", ".join(repr(image.meta["filename_or_obj"]) for image in placed)
         raise BundleError(
             f"image and mask lie at different places by their affines ({names}): give a mask on the grid of its image"
         )
+
+
+def _is_placed(image: MetaTensor) -> bool:
+    """Whether the affine is a place in a patient."""
+    return image.meta["slice_axis"] is not None
 
 
 def _to_gray_or_rgb(image: Image.Image) -> Image.Image:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import nibabel as nib
+import numpy as np
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import InvertibleTransform, MapTransform, Orientation, Transform
+from monai.transforms import InvertibleTransform, MapTransform, Transform
 from monai.utils import ensure_tuple
 from torch import Tensor
 
 from bundle.errors import BundleError, check_choice
+from bundle.transforms.axes import inverse_of, turn_to, turned
 
 WHOLE = (0.0, 1.0)  # the range of all slices
 MIN_FOREGROUND = 0.05
@@ -58,8 +60,9 @@ class OrientSlicesd(MapTransform, InvertibleTransform):
         for key in self.key_iterator(oriented):
             image = oriented[key]
             own = "".join(nib.orientations.aff2axcodes(image.affine))
-            oriented[key] = _orient(image, self._target(image, own))
-            self.push_transform(oriented[key], extra_info={"axcodes": own})
+            turn = turn_to(image.affine, self._target(image, own))
+            oriented[key] = turned(image, turn)
+            self.push_transform(oriented[key], extra_info={"turn": turn.tolist()})
         return oriented
 
     def _target(self, image: MetaTensor, own: str) -> str:
@@ -79,14 +82,8 @@ class OrientSlicesd(MapTransform, InvertibleTransform):
         restored = dict(data)
         for key in self.key_iterator(restored):
             applied = self.pop_transform(restored[key])
-            restored[key] = _orient(restored[key], applied["extra_info"]["axcodes"])
+            restored[key] = turned(restored[key], inverse_of(np.array(applied["extra_info"]["turn"])))
         return restored
-
-
-def _orient(image: MetaTensor, axcodes: str) -> MetaTensor:
-    orientation = Orientation(axcodes=axcodes, labels=(("L", "R"), ("P", "A"), ("I", "S")))
-    with orientation.trace_transform(False):
-        return cast(MetaTensor, orientation(image))
 
 
 class SliceChoice:

@@ -1,0 +1,119 @@
+"""The application: study -> series -> volume -> model.ts -> DICOM objects."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from holoscan.conditions import CountCondition
+from monai.deploy import operators as sdk
+from monai.deploy.core import AppContext, Application, IOType, parse_args
+from monai.deploy.core.arg_parser import set_up_logging
+from operators import FOUND, IMAGE, OURS, SELECTED, STUDIES, ResultWriter, SeriesSelector, StudyLoader, VolumeReader
+
+from bundle.errors import BundleError, user_error
+
+CONFIG = Path(__file__).with_name("app.yaml")
+SETTINGS = ("selections", "worst_slices")
+
+
+class AnomalyApplication(Application):
+    """Anomaly maps of the series of a study that the rules in ``app.yaml`` choose.
+
+    Args:
+        context: input, output and model.
+        config: the content of ``app.yaml``.
+    """
+
+    def __init__(self, context: AppContext, config: dict[str, Any]) -> None:
+        self.context = context
+        self.settings = config
+        super().__init__()
+
+    def compose(self) -> None:
+        """Connect the operators."""
+        settings = self.settings
+        loader = StudyLoader(self, CountCondition(self, 1), name="loader", input_folder=Path(self.context.input_path))
+        selector = SeriesSelector(self, name="selector", rules=json.dumps({"selections": settings["selections"]}))
+        reader = VolumeReader(self, name="reader")
+        inference = sdk.MonaiBundleInferenceOperator(
+            self,
+            name="inference",
+            app_context=self.context,
+            input_mapping=[sdk.IOMapping(IMAGE, Any, IOType.IN_MEMORY)],
+            output_mapping=[sdk.IOMapping(name, Any, IOType.IN_MEMORY) for name in FOUND],
+        )
+        writer = ResultWriter(self, name="writer", context=self.context, worst_slices=settings["worst_slices"])
+        self.add_flow(loader, selector, {(STUDIES, STUDIES)})
+        self.add_flow(selector, reader, {(SELECTED, SELECTED)})
+        self.add_flow(reader, inference, {(IMAGE, IMAGE)})
+        self.add_flow(selector, writer, {(SELECTED, SELECTED)})
+        self.add_flow(inference, writer, {(name, name) for name in FOUND})
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of ``app.yaml``.
+
+    Raises:
+        BundleError: if it is missing or no YAML, or lacks a setting.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise BundleError(f"cannot read the configuration '{path}' ({str(error).splitlines()[0]}): mend it") from error
+    for name in SETTINGS:
+        if not isinstance(config, dict) or not config.get(name):
+            raise BundleError(f"'{path}' has no '{name}': add it, as in the app.yaml of the application")
+    if not isinstance(config["worst_slices"], int) or config["worst_slices"] < 1:
+        raise BundleError(f"worst_slices in '{path}' is {config['worst_slices']}: give at least 1")
+    return config
+
+
+class _Private(logging.Filter):
+    """What libraries log and warn of may be of a patient, such as an odd name: for ``--log-level DEBUG`` alone."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether ``record`` may be shown."""
+        return record.name.startswith(OURS) or logging.getLogger().level <= logging.DEBUG
+
+
+def start(argv: list[str]) -> int:
+    """Run the application with the arguments of a command line; what is wrong with them or the study is said in a line.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        run(argv)
+    except Exception as error:
+        known = user_error(error)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(argv: list[str]) -> None:
+    """Run the application with the arguments of a command line.
+
+    Raises:
+        BundleError: if the study cannot be examined.
+    """
+    arguments = parse_args(argv)
+    set_up_logging(arguments.log_level)
+    logging.captureWarnings(True)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_Private())
+    context = AppContext({name: value for name, value in vars(arguments).items() if value})
+    if not Path(context.input_path).is_dir():
+        raise BundleError(f"no folder at '{context.input_path}': give that of a study with --input")
+    if not context.models:
+        raise BundleError(f"no model at '{context.model_path}': give --model model.ts")
+    config = read_config(Path(os.environ.get("HOLOSCAN_CONFIG_PATH") or CONFIG))
+    AnomalyApplication(context, config).run()

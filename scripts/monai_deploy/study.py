@@ -1,0 +1,69 @@
+"""The detector that ``model.ts`` holds: of a whole stack of slices, in TorchScript, which needs no Python package."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bundle.networks import AnomalyDetector
+from bundle.transforms.slices import SliceChoice
+
+
+class StudyDetector(nn.Module):
+    """An :class:`~bundle.networks.AnomalyDetector` of volumes, scriptable.
+
+    Gives what :class:`~bundle.inferers.SliceBatchInferer` gives, and the mask.
+
+    Args:
+        detector: trained.
+        slice_range, min_foreground: which slices count, see :class:`~bundle.transforms.slices.SliceChoice`.
+        batch_size: slices in one forward pass.
+    """
+
+    def __init__(
+        self, detector: AnomalyDetector, slice_range: Sequence[float], min_foreground: float, batch_size: int = 8
+    ) -> None:
+        super().__init__()
+        SliceChoice(slice_range, min_foreground)  # refuses what is out of range
+        self.detector = detector
+        self.first, self.last = map(float, slice_range)
+        self.min_foreground = float(min_foreground)
+        self.batch_size = batch_size
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """What is found in one study.
+
+        Args:
+            image: [1, C, rows, columns, slices] in [0, 1], as the preprocessing gives it.
+
+        Returns:
+            On the CPU ``map`` [1, rows, columns, slices] float, ``mask`` of that shape uint8 (0, 1), ``slice_scores``
+            [1, 1, 1, slices] float, ``slice_counts`` of that shape uint8 (1 for slices that make the score), and
+            ``score`` [], that of the worst of them.
+        """
+        stack = image[0]
+        maps: list[Tensor] = []
+        scores: list[Tensor] = []
+        for slices in stack.movedim(-1, 0).split(self.batch_size):
+            found = self.detector.detect(slices)
+            maps.append(found.anomaly_map.cpu())
+            scores.append(found.image_score.cpu())
+        anomaly_map = torch.cat(maps).movedim(0, -1)
+        slice_scores = torch.cat(scores)
+        counting = self.counting(stack)
+        return {
+            "map": anomaly_map,
+            "mask": (anomaly_map > self.detector.threshold.cpu()).to(torch.uint8),
+            "slice_scores": slice_scores.view(1, 1, 1, -1),
+            "slice_counts": counting.to(torch.uint8).view(1, 1, 1, -1),
+            "score": slice_scores[counting].max(),
+        }
+
+    def counting(self, stack: Tensor) -> Tensor:
+        """Which slices of ``stack`` [C, rows, columns, slices] make its score, [slices] bool; all where none would."""
+        last = stack.shape[-1] - 1
+        index = torch.arange(last + 1)
+        inside = (index >= round(self.first * last)) & (index <= round(self.last * last))
+        foreground = (stack > 0).float().mean(dim=[0, 1, 2]).cpu()
+        chosen = inside & (foreground >= self.min_foreground)
+        return chosen if chosen.any() else torch.ones_like(chosen)
