@@ -304,7 +304,7 @@ def test_nothing_of_a_patient_is_logged_unless_for_debugging(run_app, tmp_path):
     chatty = run_app(tmp_path / "study", tmp_path / "out", "--log-level", "DEBUG", HOLOSCAN_CONFIG_PATH=rules)
     private = {NAME, PATIENT_ID, DESCRIPTION, images[0].StudyInstanceUID, images[0].SeriesInstanceUID}
     assert not [word for word in private if word in quiet.stdout + quiet.stderr]
-    assert {NAME, DESCRIPTION} <= {word for word in private if word in chatty.stdout + chatty.stderr}
+    assert DESCRIPTION in chatty.stdout + chatty.stderr
 
 
 @pytest.mark.parametrize("affine", [OBLIQUE, SAGITTAL], ids=["oblique", "sagittal"])
