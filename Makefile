@@ -20,9 +20,11 @@ test: $(VENV)/installed
 test-clinical: $(VENV)/installed
 	$(BIN)/python -m pytest tests/clinical
 
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
 debian-packages:
-	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends orthanc orthanc-dicomweb dcmtk dicom3tools
+	$(SUDO) apt-get update -qq
+	$(SUDO) apt-get install -y -qq --no-install-recommends orthanc orthanc-dicomweb dcmtk dicom3tools
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,5 +1,6 @@
 """MONAI Label, really started by its command and driven over HTTP, on a folder and on the DICOMweb of an Orthanc."""
 
+import csv
 import gzip
 import io
 import json
@@ -113,12 +114,21 @@ def _label(image, voxels=()):
     return nib.Nifti1Image(values, image.affine)
 
 
-def _assert_same(found, own):
-    """Equal masks at the same place, neither empty nor full."""
+def _assert_own(found, output_dir, name="*", tie=1e-3):
+    """The mask that ``inferring`` wrote, neither empty nor full, at the same place.
+
+    Where the map is within ``tie`` of the threshold, other threads and batches may round to the other side.
+    """
+    own = nib.load(next(output_dir.glob(f"{name}_mask.nii.gz")))
+    anomaly_map = nib.load(next(output_dir.glob(f"{name}_map.nii.gz"))).get_fdata()
+    with (output_dir / "scores.csv").open() as stream:
+        threshold = float(next(csv.DictReader(stream))["threshold"])
     values, expected = np.asarray(found.dataobj), np.asarray(own.dataobj)
     assert values.shape == expected.shape
     assert set(np.unique(values)) == {0, 1}
-    np.testing.assert_array_equal(values, expected)
+    clear = np.abs(anomaly_map - threshold) > tie
+    np.testing.assert_array_equal(values[clear], expected[clear])
+    assert clear.mean() > 0.99
     np.testing.assert_allclose(found.affine, own.affine, atol=1e-3)
 
 
@@ -197,7 +207,7 @@ def test_the_server_offers_a_segmentation_of_anomaly(server):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_mask_is_the_bundles_own_on_every_grid(server, own_masks, name):
-    _assert_same(server.mask(name), nib.load(own_masks / f"{name}_mask.nii.gz"))
+    _assert_own(server.mask(name), own_masks, name)
 
 
 def test_the_mask_of_a_picture_is_the_bundles_own(server, own_masks):
@@ -300,7 +310,7 @@ def test_healthy_labels_make_a_new_model_that_serves_the_next_request(sample_coh
     knobs = {**model_knobs, "checkpoint": bundle / "models" / "model.pt", "batch_size": BATCH, "tracking_uri": "off"}
     source = files["sub-0009_flair"]
     run_bundle("inferring", "configs/inference.json", dataset_dir=source, output_dir=tmp_path / "own", **knobs)
-    _assert_same(after, nib.load(tmp_path / "own" / "sub-0009_flair_mask.nii.gz"))
+    _assert_own(after, tmp_path / "own", "sub-0009_flair")
 
     # and it is the model that the command line makes of the same images
     knobs = {**knobs, "checkpoint": tmp_path / "trained" / "model.pt", "max_epochs": 2}
@@ -315,7 +325,7 @@ def test_healthy_labels_make_a_new_model_that_serves_the_next_request(sample_coh
     with serving(
         studies, tmp_path / "log2", {**model_knobs, "checkpoint": bundle / "models/model.pt"}, "--apps", apps
     ) as server:
-        _assert_same(server.mask("sub-0009_flair"), after)
+        _assert_own(server.mask("sub-0009_flair"), tmp_path / "own", "sub-0009_flair")
 
 
 def test_a_model_that_was_trained_is_not_replaced_unasked(model_knobs, trained, run_python, tmp_path):
@@ -336,7 +346,7 @@ def test_a_series_of_a_dicomweb_server_gets_the_mask_of_the_bundle(
     knobs = {**model_knobs, "batch_size": BATCH, "tracking_uri": "off", "precision": "bf16"}
     run_bundle("inferring", "configs/inference.json", dataset_dir=lesioned, output_dir=tmp_path / "own", **knobs)
     with serving(orthanc.dicomweb_url, tmp_path / "log", model_knobs, precision="bf16") as server:
-        _assert_same(server.mask(series), nib.load(next((tmp_path / "own").glob("*_mask.nii.gz"))))
+        _assert_own(server.mask(series), tmp_path / "own")
         params = json.dumps({"label_info": [{"name": "anomaly"}]})
         seg = dcmread(io.BytesIO(server.infer(series, "dicom_seg", data={"params": params}).content))
         assert seg.Modality == "SEG"
@@ -372,7 +382,7 @@ def test_series_of_a_dicomweb_server_train_a_new_model(empty_orthanc, cohort_dic
     assert len(found) == 1
     knobs = {**model_knobs, "checkpoint": bundle / "models" / "model.pt", "batch_size": BATCH, "tracking_uri": "off"}
     run_bundle("inferring", "configs/inference.json", dataset_dir=lesioned, output_dir=tmp_path / "own", **knobs)
-    _assert_same(after, nib.load(next((tmp_path / "own").glob("*_mask.nii.gz"))))
+    _assert_own(after, tmp_path / "own")
 
 
 def test_a_series_that_lacks_a_slice_is_refused(empty_orthanc, cohort_dicom, model_knobs, tmp_path):
