@@ -331,3 +331,15 @@ def test_a_mask_may_be_stored_with_other_axes_than_its_image(tmp_path):
     nib.save(mask.as_reoriented(turn), tmp_path / "m.nii.gz")
     case = LoadCased(["image", "mask"])({"image": tmp_path / "v.nii.gz", "mask": tmp_path / "m.nii.gz"})
     np.testing.assert_array_equal(case["mask"].numpy()[0], values > 0.9)
+
+
+def test_a_volume_without_orientation_is_named(tmp_path, caplog):
+    save_volume(tmp_path / "v.nii")
+    image = nib.load(tmp_path / "v.nii")
+    image.header["sform_code"] = image.header["qform_code"] = 0
+    nib.Nifti1Image(image.get_fdata(), None, image.header).to_filename(tmp_path / "lost.nii")
+    LoadCased("image")({"image": tmp_path / "lost.nii"})
+    assert "lost.nii' tells no orientation" in caplog.text
+    caplog.clear()
+    LoadCased("image")({"image": tmp_path / "v.nii"})
+    assert not caplog.text

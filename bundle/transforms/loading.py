@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ SUFFIXES = (*NIFTI_SUFFIXES, *FLAT_SUFFIXES, *DICOM_SUFFIXES)
 
 MIN_SIDE = 16  # pixels; less than one patch of any backbone holds nothing to map
 THICKER = 1.1  # times the other two sides of a voxel: only then they tell along which axis slices were acquired
+
+logger = logging.getLogger(__name__)
 
 Source: TypeAlias = str | os.PathLike | Sequence[str]
 """A file, a folder with one DICOM series, or the files of one."""
@@ -213,6 +216,8 @@ def _read_nifti(path: str, channel: int | None) -> _Pixels:
         raise BundleError(f"'{path}' has pixels of type {image.get_data_dtype()}: give real numbers")
     values = np.asarray(image.dataobj, dtype=np.float32)
     values = values[..., None] if values.ndim == 2 else values
+    if isinstance(image.header, nib.Nifti1Header) and not image.header["qform_code"] and not image.header["sform_code"]:
+        logger.warning(f"'{path}' tells no orientation: x, y, z are taken for left, anterior, superior")
     told = image.header.get_dim_info()[2] if hasattr(image.header, "get_dim_info") else None
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
