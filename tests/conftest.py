@@ -1,5 +1,7 @@
 """Few threads and fixed seeds for every test, a quick detector, and a real training on a tiny cohort."""
 
+import signal
+
 import pytest
 import torch
 from builders import small_detector
@@ -8,6 +10,10 @@ from monai.utils import set_determinism
 
 from bundle.data import make_sample_cohort
 from bundle.networks import FeatureNetwork
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell's jobs in the background ignore Ctrl-C, and so would the commands that tests interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

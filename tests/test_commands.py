@@ -101,7 +101,6 @@ def test_an_interrupted_training_goes_on_and_ends_as_if_it_had_not_been(trained,
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
     )
     deadline = time.time() + 300
     while not (tmp_path / "training_state.pt").exists() and time.time() < deadline:
