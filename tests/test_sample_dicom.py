@@ -7,7 +7,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 from pydicom import dcmread
-from pydicom.pixels import get_encoder
 from pydicom.uid import UID, MRImageStorage
 
 from bundle.data import make_sample_cohort
@@ -170,10 +169,6 @@ def test_the_bundle_reads_volume_and_series_alike(cohort, dicom):
 
 @pytest.mark.parametrize("compress", [name for name in TRANSFER_SYNTAXES if name != "none"])
 def test_compression_loses_nothing(compress, cohort, dicom, tmp_path):
-    if not get_encoder(TRANSFER_SYNTAXES[compress]).is_available:
-        with pytest.raises(BundleError, match=f"no encoder for --compress {compress}: pip install py"):
-            make_sample_dicom(cohort, tmp_path / "dicom", split="test", compress=compress)
-        return
     folder = make_sample_dicom(cohort, tmp_path / "dicom", split="test", compress=compress)
     for file in sorted((folder / "test/sub-0003").iterdir()):
         image, plain = dcmread(file), dcmread(dicom / "test/sub-0003" / file.name)

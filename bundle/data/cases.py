@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from bundle.data.cohort import make_sample_cohort
 from bundle.data.store import content_key
+from bundle.dicom.series import group_series, patient_of
 from bundle.distributed import gather, shard
 from bundle.errors import BundleError, check_choice, user_error
 from bundle.transforms.loading import FLAT_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, Source, files_of, is_dicom_file
@@ -222,8 +223,6 @@ def _patient(case: Case) -> str | None:
     flat_or_nifti = isinstance(source, str) and source.lower().endswith((*FLAT_SUFFIXES, *NIFTI_SUFFIXES))
     for file in () if flat_or_nifti else filter(Path.exists, files_of(source)):
         if is_dicom_file(file):
-            from bundle.dicom.series import patient_of  # pydicom takes a second to import
-
             return patient_of(file)
     subject = _BIDS_SUBJECT.search(Path(case["name"]).as_posix())
     return subject[1] if subject else None
@@ -393,25 +392,21 @@ def _images_below(folder: Path) -> Iterator[_Found]:
     others, dicom = [], []
     for directory, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(name for name in subfolders if name.lower() not in _MASK_FOLDERS)
-        files = [Path(directory) / name for name in sorted(names)]
-        own = [file for file in files if is_dicom_file(file)]
+        own, emptied = [], []
+        for file in (Path(directory) / name for name in sorted(names)):
+            if is_dicom_file(file):
+                own.append(file)
+            elif file.name.lower().endswith(SUFFIXES):
+                others.append(_Found(str(file), file))
+            elif not file.suffix and file.is_file() and not file.stat().st_size:
+                emptied.append(file)
         # what was emptied beside other DICOM files is named when it is read, not passed over
-        own += [file for file in files if own and not file.suffix and file not in own and not file.stat().st_size]
-        dicom += own
-        others += [_Found(str(file), file) for file in files if file not in own and _has_image_suffix(file)]
+        dicom += own + emptied if own else []
     yield from sorted([*others, *_series_of(dicom)], key=lambda image: image.path)
-
-
-def _has_image_suffix(file: Path) -> bool:
-    return file.name.lower().endswith((*FLAT_SUFFIXES, *NIFTI_SUFFIXES))
 
 
 def _series_of(files: list[Path]) -> list[_Found]:
     """The series of DICOM ``files``, by the name of the folder that is theirs alone, or ``folder/series-NUMBER``."""
-    if not files:
-        return []
-    from bundle.dicom.series import group_series  # pydicom takes a second to import
-
     groups = group_series(files)
     folders = [Path(os.path.commonpath([file.parent for file in group.files])) for group in groups]
     shared = Counter(folders)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,10 +35,6 @@ Z_SCORE = Code("anomaly-z-score", SCHEME, "Standard deviations above healthy pat
 _GRAY_LEVELS = 2**16 - 1
 _LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 _LARGEST_NUMBER = 2**31 - 1  # of a series
-
-warnings.filterwarnings(
-    "ignore", 'The string ".*" is unlikely to represent'
-)  # highdicom's; it holds the patient's name
 
 
 MASK_FILE, MAP_FILE, REPORT_FILE = "{}_seg.dcm", "{}_heatmap.dcm", "{}_report.dcm"
@@ -125,10 +120,11 @@ def segmentation(sources: Sequence[Dataset], mask: np.ndarray, algorithm: Algori
         tracking_uid=hd.UID(),
         tracking_id="anomaly",
     )
+    measures = _measures(sources)
     written = seg.Segmentation(
         source_images=list(sources),
         pixel_array=_as_stored(sources, mask.astype(np.uint8)),
-        pixel_measures=_measures(sources),
+        pixel_measures=measures,
         segmentation_type=seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[segment],
         content_label="ANOMALY",
@@ -137,7 +133,7 @@ def segmentation(sources: Sequence[Dataset], mask: np.ndarray, algorithm: Algori
         **_series(sources, 1, "Anomaly mask"),
         **_equipment(algorithm),
     )
-    _tell_spacing(written, sources)
+    _tell_spacing(written, measures)
     return written
 
 
@@ -167,10 +163,11 @@ def parametric_map(
         intercept=low,
         quantity_definition=Z_SCORE,
     )
+    measures = _measures(sources)
     written = hd.pm.ParametricMap(
         source_images=list(sources),
         pixel_array=_as_stored(sources, stored),
-        pixel_measures=_measures(sources),
+        pixel_measures=measures,
         contains_recognizable_visual_features=False,
         real_world_value_mappings=[mapping],
         voi_lut_transformations=[_window(threshold, low, slope)],
@@ -181,7 +178,7 @@ def parametric_map(
         **_equipment(algorithm),
     )
     written.Laterality = sources[0].get("Laterality", "")  # type 2C: empty where it is unknown
-    _tell_spacing(written, sources)
+    _tell_spacing(written, measures)
     return written
 
 
@@ -353,10 +350,10 @@ def _measures(sources: Sequence[Dataset]) -> hd.PixelMeasuresSequence:
     )
 
 
-def _tell_spacing(written: Dataset, sources: Sequence[Dataset]) -> None:
+def _tell_spacing(written: Dataset, measures: hd.PixelMeasuresSequence) -> None:
     """highdicom drops the distance of slices where positions are rounded; readers need it."""
-    measures = written.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
-    measures.SpacingBetweenSlices = _measures(sources)[0].SpacingBetweenSlices
+    told = written.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    told.SpacingBetweenSlices = measures[0].SpacingBetweenSlices
 
 
 def _series(sources: Sequence[Dataset], number: int, description: str) -> dict[str, Any]:

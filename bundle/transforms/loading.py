@@ -18,6 +18,7 @@ from monai.transforms import MapTransform
 from PIL import Image
 from pydicom.misc import is_dicom
 
+from bundle.dicom.series import group_series, read_headers, read_volume, volume_geometry
 from bundle.errors import BundleError
 from bundle.transforms.axes import turn_between, turned
 
@@ -40,7 +41,7 @@ def is_dicom_file(file: str | os.PathLike) -> bool:
     name = Path(file).name
     if name.lower().endswith(SUFFIXES) or name.upper() == "DICOMDIR":
         return name.lower().endswith(DICOM_SUFFIXES)
-    return is_dicom(Path(file))
+    return os.path.isfile(file) and is_dicom(Path(file))
 
 
 def files_of(source: Source) -> list[Path]:
@@ -65,8 +66,6 @@ class RequireDicomd(MapTransform):
             if "files" not in meta:
                 place = meta["filename_or_obj"]
                 raise BundleError(f"write_dicom needs DICOM images, but '{place}' is none: leave it off, or give DICOM")
-            from bundle.dicom.series import read_headers, volume_geometry  # highdicom is not everywhere
-
             volume_geometry(read_headers([Path(file) for file in meta["files"]]))
         return dict(data)
 
@@ -237,9 +236,6 @@ def _read_picture(path: str) -> _Pixels:
 
 
 def _read_dicom(files: list[Path]) -> _Pixels:
-    # highdicom needs pydicom 3, which not every server that runs this bundle on NIfTI has
-    from bundle.dicom.series import group_series, read_volume
-
     if len(files) == 1 and files[0].is_dir():
         folder = files[0]
         series = group_series(filter(is_dicom_file, files_of(folder)))
