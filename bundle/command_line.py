@@ -1,12 +1,16 @@
-"""How the bundle meets a person who types ``python -m monai.bundle run ...``: misspelt knobs and errors in one line."""
+"""How the bundle meets a person who types ``python -m monai.bundle run ...``: typed knobs, and errors in one line.
+
+MONAI takes what Fire makes of a command line, in which ``false`` is a text and so true. The first step of every config
+calls :func:`start`, which reads the command line once more, by the types of the knobs, and corrects the config.
+"""
 
 from __future__ import annotations
 
-import ast
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
-from types import TracebackType
+from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 from fire.parser import DefaultParseValue
@@ -14,49 +18,81 @@ from monai.bundle import ConfigParser
 from monai.bundle.scripts import run
 
 from bundle.errors import BundleError, did_you_mean, user_error
+from bundle.knobs import SYNTAX, Knob, knob_of, read_text, typed
+from bundle.model import known_settings
+
+MODEL = "model"  # the item of a config that holds the settings of the model
+COMMANDS = ("monai/bundle/__main__.py", "dinov3_spatial_ar/__main__.py")
 
 
 def start(arguments: Sequence[str] | None = None) -> None:
-    """Check the command line and show errors of the user's making as one line; the first step of every config.
+    """Give the running config typed knobs, and show errors of the user's making as one line.
 
-    Does nothing where MONAI's bundle is used from Python, as MONAI Label does.
+    Where MONAI's bundle is used from Python, as MONAI Label does, values have types already.
 
     Args:
         arguments: the command line, default: that of this process.
-    """
-    arguments = sys.argv if arguments is None else arguments
-    if len(arguments) < 2 or not arguments[0].endswith(("monai/bundle/__main__.py", "monai\\bundle\\__main__.py")):
-        return
-    sys.excepthook = show_error
-    given = _overrides(arguments[2:])
-    files = given.pop("config_file", None)
-    if isinstance(files, str) and files.startswith("["):
-        files = ast.literal_eval(files)
-    if files:
-        check_knobs(given, ConfigParser.load_config_files(files))
-
-
-def check_knobs(given: dict[str, Any], config: dict[str, Any]) -> None:
-    """Compare overrides with the config that they override.
-
-    Args:
-        given: names and values from the command line.
-        config: the content of the config files, before macros are resolved.
 
     Raises:
-        BundleError: for a name that the config does not have, or text where it has a number.
+        BundleError: for a knob that is unknown, or of another type.
     """
-    knobs = [key for key, value in config.items() if not isinstance(value, dict) and not _is_steps(value)]
+    arguments = sys.argv if arguments is None else arguments
+    parser = _running_parser()
+    if len(arguments) > 1 and Path(arguments[0]).as_posix().endswith(COMMANDS):
+        sys.excepthook = show_error
+        given = _command_line(arguments[2:])
+        if files := given.pop("config_file", None):
+            knobs = read_knobs(given, _resolved(files))
+            for name, value in knobs.items() if parser else ():
+                _set(parser, name, value)
+    if parser is not None:
+        nest_settings(parser)
+
+
+def read_knobs(given: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of knobs as their types have them.
+
+    Args:
+        given: by name, or by the id of a nested item; texts are read, other values checked.
+        config: the content of the config files that they override, with macros resolved.
+
+    Raises:
+        BundleError: for a name that the config does not have, or a value of another type.
+    """
+    values = {}
     for name, value in given.items():
-        top = name.replace("#", "::").split("::")[0]
-        if top in signature(run).parameters or top == "_meta_":
+        name = name.replace("#", "::")
+        if name.split("::")[0] in signature(run).parameters or name.startswith(ConfigParser.meta_key):
             continue
-        if top not in config:
-            raise BundleError(f"knob --{name} is unknown: {did_you_mean(top, knobs)}")
-        default = _included(config[top])
-        if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, str):
-            if not value.startswith(("$", "@", "%")):
-                raise BundleError(f"--{name} must be a number, got '{value}': the default is {default}")
+        knob = find_knob(name, config)
+        values[name] = read_text(name, value, knob) if isinstance(value, str) else typed(name, value, knob)
+    return values
+
+
+def find_knob(name: str, config: Mapping[str, Any]) -> Knob:
+    """What is known of the knob ``name`` of ``config``.
+
+    Raises:
+        BundleError: if there is none, with the closest name.
+    """
+    top, _, inner = name.partition("::")
+    settings = known_settings() if MODEL in config else {}
+    setting = inner if top == MODEL else name
+    if setting in settings and name not in config:
+        return settings[setting]._replace(default=config[MODEL].get(setting, settings[setting].default))
+    if top in config and not (top == MODEL and inner):
+        return knob_of(config, name)
+    knobs = [key for key, value in config.items() if not isinstance(value, dict) and not _is_steps(value)]
+    raise BundleError(f"knob --{name} is unknown: {did_you_mean(setting, {*knobs, *settings})}")
+
+
+def nest_settings(parser: ConfigParser) -> None:
+    """Move settings of the model that were given at the top level to where the config has them."""
+    config: Any = parser.config
+    for name in list(known_settings()) if MODEL in config else ():
+        if name in config:
+            config[MODEL][name] = config.pop(name)
+    parser.ref_resolver.reset()
 
 
 def show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -72,27 +108,48 @@ def show_error(kind: type[BaseException], error: BaseException, trace: Traceback
         sys.__excepthook__(kind, error, trace)
 
 
-def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Names and values of ``--name value`` and ``--name=value``, read as Fire reads them."""
-    given = {}
-    for index, argument in enumerate(arguments):
-        if not argument.startswith("--"):
+def _command_line(arguments: Sequence[str]) -> dict[str, Any]:
+    """Values by name: those of ``--args_file``, then ``--name value`` and ``--name=value`` as texts."""
+    given: dict[str, Any] = {}
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
             continue
-        name, equals, value = argument[2:].partition("=")
-        if not equals and index + 1 < len(arguments):
-            value = arguments[index + 1]
-        given[name.replace("-", "_")] = DefaultParseValue(value) if name != "config_file" else value
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        given[name.replace("-", "_")] = value
+    if file := given.pop("args_file", None):
+        given = ConfigParser.load_config_file(file) | given
     return given
+
+
+def _resolved(files: Any) -> dict[str, Any]:
+    """The content of config files, with macros resolved."""
+    parser = ConfigParser(ConfigParser.load_config_files(DefaultParseValue(files) if isinstance(files, str) else files))
+    parser.resolve_macro_and_relative_ids()
+    return dict(parser.get())
+
+
+def _set(parser: Any, name: str, value: Any) -> None:
+    """Put a value into the config; a macro is resolved at once, since the config's own ones are already."""
+    if isinstance(value, str) and value.startswith(SYNTAX):
+        return  # as MONAI has it
+    parser[name] = value
+
+
+def _running_parser() -> ConfigParser | None:
+    """The parser of the config that calls us: MONAI hands it to nobody, but it is on the stack."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, ConfigParser):
+            return caller
+        frame = frame.f_back
+    return None
 
 
 def _is_steps(value: Any) -> bool:
     """Whether the item is a list of things to do, not of numbers."""
     return isinstance(value, list) and any(isinstance(item, (str, dict)) for item in value)
-
-
-def _included(value: Any) -> Any:
-    """The value behind a macro like ``%configs/inference.json::seed``."""
-    if isinstance(value, str) and value.startswith("%"):
-        path, key = ConfigParser.split_path_id(value[1:])
-        return ConfigParser(ConfigParser.load_config_file(path)).get(key) if path else None
-    return value

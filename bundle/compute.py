@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from bundle.errors import BundleError, check_choice
 from bundle.networks.detector import AnomalyDetector
-from bundle.networks.features import FeatureNetwork
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 logger = logging.getLogger(__name__)
+
+
+class HasPrecision(Protocol):
+    """A backbone, or what is known of one."""
+
+    @property
+    def keeps_bf16(self) -> bool:
+        """Whether bf16 changes the embeddings by less than 1 %."""
 
 
 class Compute:
@@ -41,7 +48,7 @@ class Compute:
         device: torch.device | str = "cpu",
         precision: str = "auto",
         compile: bool = False,
-        features: FeatureNetwork | None = None,
+        features: HasPrecision | None = None,
     ) -> None:
         check_choice("precision", precision, ["auto", *DTYPES])
         try:

@@ -38,6 +38,16 @@ def check_choice(what: str, value: str, options: Iterable[str]) -> str:
     return value
 
 
+def check(holds: bool, name: str, value: object, remedy: str) -> None:
+    """Refuse the ``value`` of the setting ``name`` unless what it must be ``holds``.
+
+    Raises:
+        BundleError: with the ``remedy``.
+    """
+    if not holds:
+        raise BundleError(f"{name} is {value}: {remedy}")
+
+
 def user_error(error: BaseException) -> BundleError | None:
     """The :class:`BundleError` that ``error`` is or stems from: MONAI wraps what its transforms and configs raise."""
     cause: BaseException | None = error

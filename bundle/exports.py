@@ -15,10 +15,10 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from monai.bundle import ConfigParser
@@ -28,9 +28,10 @@ from torch.nn import functional as F
 
 from bundle.compute import Compute
 from bundle.errors import BundleError, check_choice
-from bundle.networks.detector import AnomalyDetector, Detection, refuse_other
+from bundle.model import Settings, settings_in
+from bundle.networks.detector import AnomalyDetector, Detection, decode_identity, refuse_other
 from bundle.networks.features import CPU_PIXELS
-from bundle.networks.weights import BACKBONES, BackboneSpec
+from bundle.networks.weights import BACKBONES
 from bundle.outputs import write_csv
 from bundle.provenance import model_words
 
@@ -231,25 +232,45 @@ def _optional(name: str) -> Any:
 # reading
 
 
+class Runner(NamedTuple):
+    """An exported file that is open.
+
+    Attributes:
+        identity: as :meth:`AnomalyDetector.describe` gives it.
+        calibration: thresholds of patches and of images, and the rates that they were wanted for.
+        run: gives the outputs of :class:`Detection`, in its order, of images [B, 1 or 3, H, W], once the device and the
+            precision are known.
+    """
+
+    identity: dict[str, Any]
+    calibration: Sequence[Tensor]
+    run: Callable[[Compute], Callable[[Tensor], Sequence[Tensor]]]
+
+
 class ExportedDetector(nn.Module):
     """A detector in a file: what inference needs of :class:`AnomalyDetector`, without a backbone or its weights.
 
     On a CPU few images go through at once, as in :class:`FeatureNetwork`.
 
     Args:
-        run: gives the outputs of :class:`Detection`, in its order, of images [B, 1 or 3, H, W].
-        identity: as :meth:`AnomalyDetector.describe` gives it.
-        calibration: thresholds of patches and of images, and the rates that they were wanted for, of the checkpoint.
+        runner: the open file.
+        compute: where it runs, and how precisely.
+
+    Attributes:
+        compute: as given.
+        settings: of the model, see :mod:`bundle.model`.
     """
 
-    def __init__(
-        self, run: Callable[[Tensor], Sequence[Tensor]], identity: dict[str, Any], calibration: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, runner: Runner, compute: Compute) -> None:
         super().__init__()
-        self.threshold, self.image_threshold, self.false_positive_rate, self.image_false_positive_rate = calibration
-        self.image_size: list[int] = identity["image_size"]
-        self._run = run
-        self._identity = identity
+        self.threshold, self.image_threshold, self.false_positive_rate, self.image_false_positive_rate = (
+            runner.calibration
+        )
+        self.settings = settings_in(runner.identity)
+        self.image_size: list[int] = self.settings["image_size"]
+        self.compute = compute
+        self._run = runner.run(compute)
+        self._identity = runner.identity
 
     def resize(self, image: Tensor) -> Tensor:
         """Resize ``image`` [B, 1 or 3, H, W] to ``image_size``."""
@@ -282,19 +303,22 @@ class ExportedDetector(nn.Module):
 
 
 def load_exported(
-    path: str | os.PathLike, compute: Compute | None = None, preprocessing: dict[str, Any] | None = None
+    path: str | os.PathLike,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    given: Mapping[str, Any] | None = None,
 ) -> ExportedDetector:
     """The detector in an exported file, by its suffix, with as many threads as torch has now.
 
     Args:
         path: .ts, .onnx or .xml.
-        compute: device and precision, default: CPU, 32 bits. TorchScript follows both; OpenVINO follows the precision,
-            on a CPU; ONNX runs in 32 bits, on the GPU where onnxruntime has a provider for it.
-        preprocessing: how images are read before they come here; must be as in the file.
+        device, precision: see :class:`~bundle.compute.Compute`. TorchScript follows both; OpenVINO follows the
+            precision, on a CPU; ONNX runs in 32 bits, on the GPU where onnxruntime has a provider for it.
+        given: settings that the caller expects; must be as in the file.
 
     Raises:
-        BundleError: if the file is missing, damaged, of another make or trained with other preprocessing, or the
-            package that reads it is not installed.
+        BundleError: if the file is missing, damaged, of another make, version or settings, or the package that reads it
+            is not installed.
     """
     file = Path(path)
     if file.suffix not in _READERS:
@@ -302,7 +326,11 @@ def load_exported(
     if not file.is_file():
         raise BundleError(f"no exported detector at '{file}': make it by the command exporting, or give --exported")
     try:
-        detector = _READERS[file.suffix](file, compute or Compute("cpu", "fp32"))
+        runner = _READERS[file.suffix](file)
+        refuse_other(runner.identity, Settings(given).given)
+        name = runner.identity["backbone"]
+        spec = BACKBONES[check_choice(f"backbone of '{path}'", name, BACKBONES)]
+        return ExportedDetector(runner, Compute(device, precision, features=spec))
     except BundleError:
         raise
     except Exception as error:
@@ -311,75 +339,73 @@ def load_exported(
         raise BundleError(
             f"'{file}' is no exported detector of this bundle ({reason}): make it by the command exporting"
         ) from error
-    identity = detector.describe()
-    if preprocessing:
-        stored = {key: identity[key] for key in preprocessing if key in identity}
-        refuse_other(stored | {"backbone": identity["backbone"]}, preprocessing | {"backbone": identity["backbone"]})
-    return detector
 
 
-def exported_backbone(path: str | os.PathLike) -> BackboneSpec:
-    """What is known of the backbone in an exported file: which precision it bears, for :class:`Compute`.
-
-    Raises:
-        BundleError: as :func:`load_exported`, or if this version does not know the backbone.
-    """
-    name = load_exported(path).describe()["backbone"]
-    return BACKBONES[check_choice(f"backbone of '{path}'", name, BACKBONES)]
-
-
-def _read_torchscript(file: Path, compute: Compute) -> ExportedDetector:
+def _read_torchscript(file: Path) -> Runner:
     with _quiet():
-        module: Any = torch.jit.load(str(file), map_location=compute.device)
-    identity = json.loads(bytes(module.identity.tolist()).decode())
-    return ExportedDetector(module.detect, identity, [getattr(module, name) for name in _CALIBRATION])
+        module: Any = torch.jit.load(str(file), map_location="cpu")
+    calibration = [getattr(module, name) for name in _CALIBRATION]
+    return Runner(decode_identity(module.identity), calibration, lambda compute: module.to(compute.device).detect)
 
 
-def _read_onnx(file: Path, compute: Compute) -> ExportedDetector:
+def _read_onnx(file: Path) -> Runner:
     runtime = _optional("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    providers = ["CPUExecutionProvider"]
-    if compute.device.type == "cuda":
-        if "CUDAExecutionProvider" in runtime.get_available_providers():
-            providers.insert(0, "CUDAExecutionProvider")
-        else:
-            logger.warning("onnxruntime has no provider for CUDA and runs on the CPU: install onnxruntime-gpu")
-    session = runtime.InferenceSession(str(file), options, providers=providers)
 
-    def run(image: Tensor) -> list[Tensor]:
-        outputs = session.run(list(OUTPUTS), {INPUT: image.detach().float().cpu().numpy()})
-        return [torch.from_numpy(output) for output in outputs]
+    def session_on(device: torch.device) -> Any:
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        providers = ["CPUExecutionProvider"]
+        if device.type == "cuda":
+            if "CUDAExecutionProvider" in runtime.get_available_providers():
+                providers.insert(0, "CUDAExecutionProvider")
+            else:
+                logger.warning("onnxruntime has no provider for CUDA and runs on the CPU: install onnxruntime-gpu")
+        return runtime.InferenceSession(str(file), options, providers=providers)
 
-    return _from_passport(session.get_modelmeta().custom_metadata_map, run)
+    on_cpu = session_on(torch.device("cpu"))
+
+    def runs(compute: Compute) -> Callable[[Tensor], list[Tensor]]:
+        session = session_on(compute.device) if compute.device.type == "cuda" else on_cpu
+
+        def run(image: Tensor) -> list[Tensor]:
+            outputs = session.run(list(OUTPUTS), {INPUT: image.detach().float().cpu().numpy()})
+            return [torch.from_numpy(output) for output in outputs]
+
+        return run
+
+    return _from_passport(on_cpu.get_modelmeta().custom_metadata_map, runs)
 
 
-def _read_openvino(file: Path, compute: Compute) -> ExportedDetector:
+def _read_openvino(file: Path) -> Runner:
     openvino = _optional("openvino")
     model = openvino.Core().read_model(file)
     if not model.has_rt_info([_SECTION, "identity"]):
         raise ValueError("it has no identity")
     passport = {key: model.get_rt_info([_SECTION, key]).astype(str) for key in ("identity", *_CALIBRATION)}
-    settings = {
-        "INFERENCE_PRECISION_HINT": _OPENVINO_PRECISIONS[compute.precision],
-        # the hint alone leaves shortcuts open to layers
-        "EXECUTION_MODE_HINT": "ACCURACY" if compute.precision == "fp32" else "PERFORMANCE",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    compiled = openvino.Core().compile_model(model, "CPU", settings)
 
-    def run(image: Tensor) -> list[Tensor]:
-        outputs = compiled({INPUT: image.detach().float().cpu().contiguous().numpy()})
-        return [torch.from_numpy(outputs[name].copy()) for name in OUTPUTS]
+    def runs(compute: Compute) -> Callable[[Tensor], list[Tensor]]:
+        settings = {
+            "INFERENCE_PRECISION_HINT": _OPENVINO_PRECISIONS[compute.precision],
+            # the hint alone leaves shortcuts open to layers
+            "EXECUTION_MODE_HINT": "ACCURACY" if compute.precision == "fp32" else "PERFORMANCE",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        compiled = openvino.Core().compile_model(model, "CPU", settings)
 
-    return _from_passport(passport, run)
+        def run(image: Tensor) -> list[Tensor]:
+            outputs = compiled({INPUT: image.detach().float().cpu().contiguous().numpy()})
+            return [torch.from_numpy(outputs[name].copy()) for name in OUTPUTS]
+
+        return run
+
+    return _from_passport(passport, runs)
 
 
-def _from_passport(passport: dict[str, str], run: Callable[[Tensor], Sequence[Tensor]]) -> ExportedDetector:
+def _from_passport(passport: dict[str, str], runs: Callable[[Compute], Callable[[Tensor], Sequence[Tensor]]]) -> Runner:
     if "identity" not in passport:
         raise ValueError("it has no identity")
     calibration = [torch.tensor(float(passport[name])) for name in _CALIBRATION]
-    return ExportedDetector(run, json.loads(passport["identity"]), calibration)
+    return Runner(dict(json.loads(passport["identity"])), calibration, runs)
 
 
 _READERS = {".ts": _read_torchscript, ".onnx": _read_onnx, ".xml": _read_openvino}

@@ -1,4 +1,7 @@
-"""What training needs beyond MONAI's engines: the noisy input of the paper, and a state that survives Ctrl-C."""
+"""What training needs beyond MONAI's engines: noisy input, fits before and after, and a state that survives Ctrl-C.
+
+``trainer.run()`` alone gives a calibrated detector: whatever comes before and after its epochs are handlers.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,17 @@ from monai.utils import set_determinism
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from bundle.checkpoint import STORED, save_atomically, save_checkpoint
+from bundle.compute import Compute
+from bundle.data.embeddings import EmbeddingDataset
 from bundle.distributed import check_synchronized
 from bundle.errors import BundleError, check_choice
 from bundle.networks.detector import AnomalyDetector
+from bundle.networks.scores import check_rate
+from bundle.tracking import Tracker
 
 SCHEDULES = ("cosine", "constant")
 STATE_FORMAT = 2  # of the file of an interrupted training
-STORED = torch.float16  # of the weights in a checkpoint: half the size, and far more digits than a prediction has
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +120,100 @@ class MovingAverage(EMAHandler):
         setattr(engine.state, name, max(self.momentum, 9 / (9 + engine.state.iteration)))
         super()._update_ema_model(engine, name)
 
+    def restart(self) -> None:
+        """Forget the average: it starts again from what the model is now."""
+        self.ema_model.load_state_dict(self.model.state_dict())
+
+
+class FitBeforeTraining:
+    """Fits in closed form what training starts from: a handler of the trainer, to be placed first.
+
+    Where the trainer runs again, as in federated learning, standardization and linear prediction stay as they are.
+
+    Args:
+        detector: whose density is trained.
+        training, validation: healthy embeddings.
+        ema: the moving average, which starts from the fitted density.
+        patches: about how many patches fits look at.
+    """
+
+    def __init__(
+        self,
+        detector: AnomalyDetector,
+        training: EmbeddingDataset,
+        validation: EmbeddingDataset,
+        ema: MovingAverage,
+        patches: int = 262144,
+    ) -> None:
+        self.detector = detector
+        self.training = training
+        self.validation = validation
+        self.ema = ema
+        self.patches = patches
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the trainer."""
+        engine.add_event_handler(Events.STARTED, self.fit)
+
+    def fit(self, engine: Engine) -> None:
+        """Fit, in the first run of the trainer."""
+        if engine.state.epoch > 0:
+            return
+        self.detector.set_standardization(*self.training.channel_moments())
+        self.detector.fit_before_training(self.training.batches(self.patches), self.validation.batches(self.patches))
+        self.ema.restart()
+
+
+class Calibration:
+    """Fits covariance and scores, sets thresholds and writes the checkpoint: a handler, placed after the state.
+
+    Args:
+        detector: whose density was trained.
+        training: healthy embeddings that scores are fitted to.
+        validation: healthy embeddings that thresholds come from.
+        compute: precision that inference will run in.
+        path: of the checkpoint.
+        tracker: its run keeps the checkpoint.
+        patches: about how many patches fits look at.
+        false_positive_rate: of healthy patches, in (0, 1), see :meth:`AnomalyDetector.calibrate`.
+        image_false_positive_rate: of healthy cases, in (0, 1).
+    """
+
+    def __init__(
+        self,
+        detector: AnomalyDetector,
+        training: EmbeddingDataset,
+        validation: EmbeddingDataset,
+        compute: Compute,
+        path: str | os.PathLike,
+        tracker: Tracker,
+        patches: int = 262144,
+        false_positive_rate: float = 0.01,
+        image_false_positive_rate: float = 0.05,
+    ) -> None:
+        self.detector = detector
+        self.training = training
+        self.validation = validation
+        self.compute = compute
+        self.path = path
+        self.tracker = tracker
+        self.patches = patches
+        self.rates = (
+            check_rate("false_positive_rate", false_positive_rate),
+            check_rate("image_false_positive_rate", image_false_positive_rate),
+        )
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the trainer."""
+        engine.add_event_handler(Events.COMPLETED, self.calibrate)
+
+    def calibrate(self) -> None:
+        """Finish the detector, and write it."""
+        self.compute.run(self.detector.fit_after_training, self.training.batches(self.patches))
+        self.compute.run(self.detector.calibrate, self.validation.batches(), self.validation.cases, *self.rates)
+        save_checkpoint(self.detector, self.path)
+        self.tracker.log({}, {"checkpoint": [self.path]})
+
 
 class TrainingState:
     """Keeps the best density and lets an interrupted training go on, bit for bit as if it had not been interrupted.
@@ -197,7 +298,11 @@ class TrainingState:
             self.path.unlink(missing_ok=True)
 
     def resume(self, engine: Engine) -> None:
-        """Go on from the file, if it is there and fits."""
+        """Go on from the file, if it is there and fits; where the trainer runs again, from what the density is now."""
+        if engine.state.epoch > 0:
+            self.best_loss, self.best_epoch = math.inf, engine.state.epoch
+            self.ema.restart()
+            return
         if not self.path.is_file():
             return
         state = torch.load(self.path, map_location="cpu", weights_only=True)
@@ -244,46 +349,3 @@ class TrainingState:
         if self._is_over():
             logger.info(f"no better healthy validation loss since epoch {self.best_epoch}: training ends")
             engine.terminate()
-
-
-def save_atomically(content: Any, path: str | os.PathLike) -> None:
-    """`torch.save` to a temporary name, then move: a crash leaves the old file or none, never half of one.
-
-    Of several processes only the first writes.
-    """
-    if idist.get_rank() > 0:
-        return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    torch.save(content, partial)
-    os.replace(partial, target)
-
-
-def save_checkpoint(detector: AnomalyDetector, path: str | os.PathLike) -> None:
-    """Write the state of a trained and calibrated detector, the weights of its prediction in 16 bits."""
-    state = detector.state_dict()
-    narrow = [key for key in state if key.startswith(("density.linear.", "density.contexts."))]
-    save_atomically(state | {key: state[key].to(STORED) for key in narrow}, path)
-    logger.info(f"the model is '{path}'")
-
-
-def load_checkpoint(detector: nn.Module, path: str | os.PathLike) -> None:
-    """Load a trained detector.
-
-    Raises:
-        BundleError: if the file is missing, is no checkpoint, or was trained with another backbone, preprocessing or
-            density.
-    """
-    if not os.path.isfile(path):
-        raise BundleError(f"no checkpoint at '{path}': train first, or give --checkpoint")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        detector.load_state_dict(state)
-    except BundleError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BundleError(
-            f"'{path}' is no checkpoint of this bundle ({reason}): give the model.pt of a training"
-        ) from error

@@ -50,7 +50,7 @@ from bundle.networks import AnomalyDetector, FeatureNetwork, SpatialARDensity
 from bundle.networks.density import squared_error
 from bundle.networks.masked import kernel_taps
 from bundle.networks.weights import BACKBONES, load_backbone
-from bundle.training import save_checkpoint
+from bundle.checkpoint import save_checkpoint
 from bundle.transforms import ExtractSlicesd, LoadCased, OrientSlicesd, ScaleIntensityByModalityd
 
 PAPER = "paper loop fp32"

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from bundle.networks import AnomalyDetector, FeatureNetwork, SpatialARDensity
-from bundle.training import save_checkpoint
+from bundle.checkpoint import save_checkpoint
 from scripts.benchmark_speed import cpu_entries, processor
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from bundle import __version__
 from bundle.command_line import check_knobs
 from bundle.data import make_sample_cohort
 from bundle.errors import BundleError
-from bundle.training import save_checkpoint
+from bundle.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"backbone": "efficientnet_lite0", "image_size": 64, "hidden_channels": 8}

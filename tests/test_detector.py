@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from bundle.errors import BundleError
 from bundle.networks import AnomalyDetector, FeatureNetwork, SpatialARDensity
 from bundle.networks.density import squared_error
-from bundle.training import load_checkpoint, save_checkpoint
+from bundle.checkpoint import load_checkpoint, save_checkpoint
 
 
 def healthy_batches(count=6):

@@ -21,7 +21,7 @@ from bundle.errors import BundleError
 from bundle.exports import check_parity, export_all, load_exported, resize_by_matrices
 from bundle.networks import FeatureNetwork
 from bundle.networks.weights import BACKBONES
-from bundle.training import save_checkpoint
+from bundle.checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 FORMATS = {"torchscript": "model.ts", "onnx": "model.onnx", "openvino": "model.xml"}

@@ -12,7 +12,7 @@ from torch import nn
 from bundle.compute import Compute
 from bundle.data.stream import Slice, Study
 from bundle.errors import BundleError
-from bundle.training import load_checkpoint, save_checkpoint
+from bundle.checkpoint import load_checkpoint, save_checkpoint
 from scripts.peers import NearestNeighborPeer, PadimPeer, PatchCorePeer, PeerDetector
 
 CHANNELS, SIDE, PATCH = 8, 128, 16

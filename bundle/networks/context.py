@@ -1,72 +1,144 @@
-"""Context networks: from a map of embeddings to a prediction of each that does not see the embedding itself.
+"""Context networks: from a map of embeddings to a prediction of each from those around it.
 
 Each takes [B, C, h, w] and gives [B, P, h, w]; what a position sees is proved by gradients in
-``tests/test_density.py``.
+``tests/test_density.py``. :data:`CONTEXTS` lists them by the ``mode`` that chooses them. The keyword arguments of a
+class are settings of a model, and a model holds those of its own mode only.
 """
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bundle.errors import check
 from bundle.networks.gaussian import moments
-from bundle.networks.masked import MaskedConv2d, kernel_taps
+from bundle.networks.masked import MaskedConv2d, taps_around, taps_before
 
 POSITION_CHANNELS = 10  # of :func:`position_code`
 
 
-class MaskedStack(nn.Module):
+class ContextNetwork(nn.Module):
+    """What every context network tells of itself.
+
+    Attributes:
+        joint: whether the product of its predictions over all patches is a joint likelihood of the map.
+    """
+
+    joint: ClassVar[bool] = False
+
+    def taps(self) -> Tensor:
+        """The patches [k, k] that a linear prediction may look at, 1 where it may."""
+        raise NotImplementedError
+
+    def sees_itself(self) -> bool:
+        """Whether the prediction of a patch depends on the patch itself."""
+        return False
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """Its settings, with their defaults."""
+        parameters = inspect.signature(cls).parameters.values()
+        return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+
+
+class MaskedStack(ContextNetwork):
     """Masked, dilated convolutions with ReLU between them, as many as ``dilations`` has entries.
 
-    The network of the paper (arXiv 2603.02974, method section). In ``causal`` mode a position sees only patches earlier
-    in raster order. In ``bidirectional`` mode with 3x3 kernels it never sees itself if the first dilation is odd and
-    all others are even; with one constant dilation it does, from the second layer on. In ``standard`` mode it does at
-    once.
+    The network of the paper (arXiv 2603.02974, method section); a subclass says what its layers see.
 
     Args:
         in_channels, out_channels: C and P.
         hidden_channels: channels between the layers (256 in the paper).
-        dilations: one per layer, in patches.
+        dilations: one per layer, in patches; (1, 1, 1, 1, 1) is the paper's 'standard' network, (4, 4, 4, 4, 4) its
+            'dilated' one.
         kernel_size: odd side of every kernel.
-        mode: ``causal``, ``bidirectional`` or ``standard``.
+
+    Raises:
+        BundleError: for an even kernel, no layer, or a number out of range.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        hidden_channels: int,
-        dilations: Sequence[int],
-        kernel_size: int,
-        mode: str,
+        *,
+        hidden_channels: int = 96,
+        dilations: Sequence[int] = (1, 1, 1, 1, 1),
+        kernel_size: int = 7,
     ) -> None:
         super().__init__()
+        check_stack(hidden_channels, dilations, kernel_size)
+        self.dilations = [int(dilation) for dilation in dilations]
+        self.kernel_size = kernel_size
         widths = [in_channels] + [hidden_channels] * (len(dilations) - 1) + [out_channels]
         layers: list[nn.Module] = []
-        for index, dilation in enumerate(dilations):
-            taps = kernel_taps(mode, kernel_size, first=index == 0)
+        for index, dilation in enumerate(self.dilations):
+            taps = self.layer_taps(kernel_size, first=index == 0)
             layers += [MaskedConv2d(widths[index], widths[index + 1], taps, dilation), nn.ReLU()]
         self.net = nn.Sequential(*layers[:-1])
+
+    @staticmethod
+    def layer_taps(kernel_size: int, first: bool) -> Tensor:
+        """The live taps [k, k] of the first layer, or of a later one."""
+        raise NotImplementedError
 
     def forward(self, features: Tensor) -> Tensor:
         """Predict ``features`` [B, C, h, w]: [B, P, h, w]."""
         return self.net(features)
 
-    @staticmethod
-    def sees_itself(dilations: Sequence[int], kernel_size: int, mode: str) -> bool:
+    def taps(self) -> Tensor:
+        """Those of the first layer."""
+        return self.layer_taps(self.kernel_size, first=True)
+
+    def sees_itself(self) -> bool:
         """Whether a path through the taps of all layers leads from a position back to it."""
-        reach = sum(dilations) * (kernel_size // 2)
+        reach = sum(self.dilations) * (self.kernel_size // 2)
         seen = torch.zeros(1, 1, 2 * reach + 1, 2 * reach + 1)
         seen[..., reach, reach] = 1
-        for index, dilation in enumerate(dilations):
-            taps = kernel_taps(mode, kernel_size, first=index == 0)[None, None]
+        for index, dilation in enumerate(self.dilations):
+            taps = self.layer_taps(self.kernel_size, first=index == 0)[None, None]
             seen = (F.conv2d(seen, taps, padding="same", dilation=dilation) > 0.5).float()
         return bool(seen[..., reach, reach])
 
 
-class BlindStreams(nn.Module):
+class CausalStack(MaskedStack):
+    """A position sees only patches earlier in raster order."""
+
+    joint = True
+
+    @staticmethod
+    def layer_taps(kernel_size: int, first: bool) -> Tensor:
+        """Mask A in the first layer, mask B in later ones."""
+        return taps_before(kernel_size, with_center=not first)
+
+
+class BlindFirstLayerStack(MaskedStack):
+    """The first layer hides the center, later ones hide nothing: the paper's 'bidirectional' network.
+
+    With 3x3 kernels a position never sees itself if the first dilation is odd and all others are even; with one
+    constant dilation it does, from the second layer on.
+    """
+
+    @staticmethod
+    def layer_taps(kernel_size: int, first: bool) -> Tensor:
+        """All but the center, then all."""
+        return taps_around(kernel_size) if first else torch.ones(kernel_size, kernel_size)
+
+
+class OpenStack(MaskedStack):
+    """Nothing is hidden, not even the patch itself: the paper's network without masks, for comparison."""
+
+    @staticmethod
+    def layer_taps(kernel_size: int, first: bool) -> Tensor:
+        """All."""
+        return torch.ones(kernel_size, kernel_size)
+
+
+class BlindStreams(ContextNetwork):
     """A blind spot by four streams, each of which looks into one direction only.
 
     A stream is a stack of convolutions that see nothing below their center, shifted by one row, so that it sees the
@@ -78,20 +150,29 @@ class BlindStreams(nn.Module):
         hidden_channels: channels of a stream.
         dilations: one per layer, in patches.
         kernel_size: odd side of every kernel.
+
+    Raises:
+        BundleError: for an even kernel, no layer, or a number out of range.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, hidden_channels: int, dilations: Sequence[int], kernel_size: int
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        hidden_channels: int = 96,
+        dilations: Sequence[int] = (1, 1, 1, 1, 1),
+        kernel_size: int = 7,
     ) -> None:
         super().__init__()
-        taps = torch.ones(kernel_size, kernel_size)
-        taps[kernel_size // 2 + 1 :] = 0
+        check_stack(hidden_channels, dilations, kernel_size)
+        self.kernel_size = kernel_size
+        above = torch.ones(kernel_size, kernel_size)
+        above[kernel_size // 2 + 1 :] = 0
         layers: list[nn.Module] = []
         for index, dilation in enumerate(dilations):
-            layers += [
-                MaskedConv2d(hidden_channels if index else in_channels, hidden_channels, taps, dilation),
-                nn.ReLU(),
-            ]
+            channels = hidden_channels if index else in_channels
+            layers += [MaskedConv2d(channels, hidden_channels, above, int(dilation)), nn.ReLU()]
         self.stream = nn.Sequential(*layers)
         self.join = nn.Sequential(
             nn.Conv2d(4 * hidden_channels, hidden_channels, 1), nn.ReLU(), nn.Conv2d(hidden_channels, out_channels, 1)
@@ -106,8 +187,12 @@ class BlindStreams(nn.Module):
             seen.append(torch.rot90(shifted, -turn, [2, 3]))
         return self.join(torch.cat(seen, dim=1))
 
+    def taps(self) -> Tensor:
+        """All but the center."""
+        return taps_around(self.kernel_size)
 
-class GuardedRing(nn.Module):
+
+class GuardedRing(ContextNetwork):
     """One look at the ring around a position, between pointwise layers; a guard hides the nearest patches, too.
 
     Neighbors share receptive fields of the backbone with a lesion, and would help to predict it; the guard, as guard
@@ -118,15 +203,24 @@ class GuardedRing(nn.Module):
         hidden_channels: channels of the pointwise layers; the look takes a quarter of them.
         kernel_size: odd side of the ring.
         guard: patches on each side of the position that it does not see either.
+
+    Raises:
+        BundleError: for an even kernel, or a number out of range.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int, kernel_size: int, guard: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, hidden_channels: int = 96, kernel_size: int = 7, guard: int = 1
+    ) -> None:
         super().__init__()
+        check_kernel(hidden_channels, kernel_size)
+        widest = kernel_size // 2 - 1
+        check(0 <= guard <= widest, "guard", guard, f"give 0 to {widest} with kernel_size {kernel_size}")
+        self.kernel_size, self.guard = kernel_size, guard
         narrow = max(1, hidden_channels // 4)
         self.encode = nn.Sequential(
             nn.Conv2d(in_channels, hidden_channels, 1), nn.GELU(), nn.Conv2d(hidden_channels, narrow, 1)
         )
-        self.look = MaskedConv2d(narrow, hidden_channels, kernel_taps("guarded", kernel_size, True, guard))
+        self.look = MaskedConv2d(narrow, hidden_channels, taps_around(kernel_size, guard))
         self.refine = nn.Sequential(
             nn.GELU(), nn.Conv2d(hidden_channels, hidden_channels, 1), nn.GELU(),
             nn.Conv2d(hidden_channels, hidden_channels, 1),
@@ -139,6 +233,43 @@ class GuardedRing(nn.Module):
         """Predict ``features`` [B, C, h, w]: [B, P, h, w]."""
         hidden = self.look(self.encode(features))
         return self.predict(F.gelu(hidden + self.refine(hidden)))
+
+    def taps(self) -> Tensor:
+        """The ring."""
+        return taps_around(self.kernel_size, self.guard)
+
+
+CONTEXTS: dict[str, type[ContextNetwork]] = {
+    "guarded": GuardedRing,
+    "streams": BlindStreams,
+    "causal": CausalStack,
+    "bidirectional": BlindFirstLayerStack,
+    "standard": OpenStack,
+}
+
+
+def check_stack(hidden_channels: int, dilations: Sequence[int], kernel_size: int) -> None:
+    """Refuse what no stack of layers can be made of.
+
+    Raises:
+        BundleError: for an even kernel, no layer, or a number out of range.
+    """
+    check_kernel(hidden_channels, kernel_size)
+    whole = isinstance(dilations, Sequence) and all(isinstance(one, int) and one >= 1 for one in dilations)
+    check(
+        whole and len(dilations) > 0, "dilations", dilations, "one whole number >= 1 per layer, try [1,1,1,1,1]"
+    )
+
+
+def check_kernel(hidden_channels: int, kernel_size: int) -> None:
+    """Refuse what no convolution can be made of.
+
+    Raises:
+        BundleError: for an even kernel, or a number out of range.
+    """
+    odd = kernel_size >= 3 and kernel_size % 2 == 1
+    check(odd, "kernel_size", kernel_size, "use 3, 5, 7, ...: it must be odd")
+    check(hidden_channels >= 1, "hidden_channels", hidden_channels, "at least 1, the paper uses 256")
 
 
 class LinearContext(nn.Module):

@@ -1,10 +1,9 @@
 """The density of patch embeddings: how likely each is, given those around it.
 
-In ``causal`` mode with one raster order the product over all patches is a joint likelihood of the map. In the blind
-modes (``guarded``, ``streams``, ``bidirectional`` with 3x3 kernels and odd, then even dilations) and with several
-orders each factor is conditioned on patches on all sides, and the product is a pseudo-likelihood. In ``standard`` mode,
-and in ``bidirectional`` mode otherwise, a patch sees itself, and there is no likelihood at all, of which a warning is
-given; both are kept since the authors' code has them.
+The product over all patches is a joint likelihood of the map where the context is ``causal`` and looked at in one
+raster order. Where each patch is conditioned on patches on all sides it is a pseudo-likelihood. Where a patch sees
+itself there is no likelihood at all, of which a warning is given; such contexts are kept since the authors' code has
+them.
 """
 
 import logging
@@ -17,19 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bundle.errors import BundleError, check_choice
+from bundle.errors import BundleError, check, check_choice
 from bundle.networks.context import (
+    CONTEXTS,
     POSITION_CHANNELS,
-    BlindStreams,
-    GuardedRing,
+    ContextNetwork,
     LinearContext,
     MaskedStack,
     position_code,
 )
 from bundle.networks.gaussian import COVARIANCES, FITTED, fit_gaussian
-from bundle.networks.masked import kernel_taps
 
-MODES = ("guarded", "streams", "causal", "bidirectional", "standard")
 ORDERS: dict[int, list[list[int]]] = {  # dimensions to flip
     1: [[]],
     2: [[], [-2, -1]],
@@ -48,13 +45,9 @@ class SpatialARDensity(nn.Module):
 
     Args:
         in_channels: channels C of the patch embeddings.
-        mode: which patches a prediction sees: ``guarded`` a ring without the nearest patches, ``streams`` all but
-            itself, ``causal`` what comes earlier in raster order, ``bidirectional`` and ``standard`` as the paper.
-        hidden_channels: width of the context network (256 in the paper).
-        dilations: of ``causal``, ``bidirectional``, ``standard`` and ``streams``, one per layer; (1, 1, 1, 1, 1) is the
-            paper's 'standard' network, (4, 4, 4, 4, 4) its 'dilated' one.
-        kernel_size: odd side of every kernel.
-        guard: patches on each side that ``guarded`` hides beside the target itself.
+        mode: which patches a prediction sees, a key of :data:`~bundle.networks.context.CONTEXTS`: ``guarded`` a ring
+            without the nearest patches, ``streams`` all but itself, ``causal`` what comes earlier in raster order,
+            ``bidirectional`` and ``standard`` as the paper.
         linear_components: principal components that the linear prediction looks at; 0: no linear prediction.
         orders: 1, 2 or 4 raster orders, whose predictions are averaged.
         share_orders: one context network for all orders, instead of one each.
@@ -63,13 +56,15 @@ class SpatialARDensity(nn.Module):
             ``low_rank`` or ``full`` and fitted in closed form.
         rank: of ``low_rank``.
         shrinkage: of fitted covariances, in [0, 1]; None: as Ledoit and Wolf choose it.
+        context: settings of the context network of ``mode``: ``hidden_channels``, ``kernel_size``, ...
 
     Raises:
-        BundleError: for an unknown mode or covariance, an even kernel, no layer, or a number out of range.
+        BundleError: for an unknown mode or covariance, a setting that the mode does not have, or a number out of range.
 
     Attributes:
         likelihood: what the product over all patches of a map is: ``joint``, ``pseudo``, or ``none`` where a patch sees
             itself.
+        fit: kind, rank and shrinkage of the covariance, as :func:`~bundle.networks.gaussian.fit_gaussian` takes them.
     """
 
     residual_mean: Tensor
@@ -81,10 +76,7 @@ class SpatialARDensity(nn.Module):
         self,
         in_channels: int,
         mode: str = "guarded",
-        hidden_channels: int = 96,
-        dilations: Sequence[int] = (1, 1, 1, 1, 1),
-        kernel_size: int = 7,
-        guard: int = 1,
+        *,
         linear_components: int = 32,
         orders: int = 1,
         share_orders: bool = True,
@@ -92,86 +84,70 @@ class SpatialARDensity(nn.Module):
         covariance: str = "full",
         rank: int = 32,
         shrinkage: float | None = None,
+        **context: Any,
     ) -> None:
         super().__init__()
-        check_choice("density mode", mode, MODES)
+        check_choice("density mode", mode, CONTEXTS)
         check_choice("covariance", covariance, COVARIANCES)
-        _check(
-            kernel_size >= 3 and kernel_size % 2 == 1, "kernel_size", kernel_size, "use 3, 5, 7, ...: it must be odd"
-        )
-        _check(
-            isinstance(dilations, Sequence) and len(dilations) > 0 and all(_is_whole(one) for one in dilations),
-            "dilations",
-            dilations,
-            "one whole number >= 1 per layer, try [1,1,1,1,1]",
-        )
-        _check(hidden_channels >= 1, "hidden_channels", hidden_channels, "at least 1, the paper uses 256")
-        _check(
-            mode != "guarded" or 0 <= guard < kernel_size // 2,
-            "guard",
-            guard,
-            f"give 0 to {kernel_size // 2 - 1} with kernel_size {kernel_size}",
-        )
-        _check(orders in ORDERS, "orders", orders, "1, 2 or 4")
-        _check(rank >= 1, "rank", rank, "at least 1")
-        _check(shrinkage is None or 0 <= shrinkage <= 1, "shrinkage", shrinkage, "null, or 0 to 1")
-        _check(
+        for name in context:
+            check_choice(f"setting of mode '{mode}'", name, CONTEXTS[mode].settings())
+        check(orders in ORDERS, "orders", orders, "1, 2 or 4")
+        check(rank >= 1, "rank", rank, "at least 1")
+        check(shrinkage is None or 0 <= shrinkage <= 1, "shrinkage", shrinkage, "null, or 0 to 1")
+        check(
             0 <= linear_components <= in_channels,
             "linear_components",
             linear_components,
             f"0 to {in_channels}, the channels of the embeddings",
         )
-        _check(
-            mode != "standard" or linear_components == 0,
-            "linear_components",
-            linear_components,
-            "mode 'standard' sees its own target, which a linear prediction would copy: give 0",
-        )
-        leaks = mode in ("bidirectional", "standard") and MaskedStack.sees_itself(dilations, kernel_size, mode)
-        self.likelihood = "none" if leaks else "joint" if mode == "causal" and orders == 1 else "pseudo"
-        if leaks:
-            logger.warning(
-                f"mode '{mode}' with kernel_size {kernel_size} and dilations {list(dilations)} sees the patch that it "
-                "predicts, so it gives no likelihood: kernel_size 3 with dilations [1,2,4,2,2] hides it in mode "
-                "'bidirectional', other modes always do"
-            )
-        self.settings: dict[str, Any] = {
-            "mode": mode,
-            "hidden_channels": hidden_channels,
-            "dilations": [int(dilation) for dilation in dilations],
-            "kernel_size": kernel_size,
-            "guard": guard,
-            "linear_components": linear_components,
-            "orders": orders,
-            "share_orders": share_orders,
-            "position_code": position_code,
-            "covariance": covariance,
-            "rank": rank,
-            "shrinkage": shrinkage,
-        }
         self.in_channels = in_channels
         self.learns_variance = covariance == "diagonal"
         self.whitens = covariance in FITTED
         self.codes_position = position_code
         self.variance_limit = LOG_VARIANCE_LIMIT
         self.flips = ORDERS[orders]
-        taps = kernel_taps(mode, kernel_size, True, guard if mode == "guarded" else 0)
-        self.linear = LinearContext(in_channels, linear_components, taps) if linear_components else None
-        self.contexts = nn.ModuleList(self._context() for _ in range(1 if share_orders else orders))
+        self.fit = {"kind": covariance, "rank": rank, "shrinkage": shrinkage}
+        inputs = in_channels + POSITION_CHANNELS * position_code
+        outputs = in_channels * (2 if self.learns_variance else 1)
+        networks = [CONTEXTS[mode](inputs, outputs, **context) for _ in range(1 if share_orders else orders)]
+        self.contexts = nn.ModuleList(networks)
+        self.likelihood = self._likelihood(mode, networks[0], orders, linear_components)
+        self.linear = (
+            LinearContext(in_channels, linear_components, networks[0].taps()) if linear_components else None
+        )
+        self.settings: dict[str, Any] = {
+            "mode": mode,
+            **{name: _plain(context.get(name, default)) for name, default in CONTEXTS[mode].settings().items()},
+            "linear_components": linear_components,
+            "orders": orders,
+            **({"share_orders": share_orders} if orders > 1 else {}),
+            "position_code": position_code,
+            "covariance": covariance,
+            **({"rank": rank} if covariance == "low_rank" else {}),
+            **({"shrinkage": shrinkage} if self.whitens else {}),
+        }
         self.register_buffer("residual_mean", torch.zeros(in_channels))
         self.register_buffer("whitening", torch.eye(in_channels))
         self.register_buffer("log_determinant", torch.zeros(()))
 
-    def _context(self) -> nn.Module:
-        settings = self.settings
-        inputs = self.in_channels + POSITION_CHANNELS * settings["position_code"]
-        outputs = self.in_channels * (2 if self.learns_variance else 1)
-        hidden, kernel = settings["hidden_channels"], settings["kernel_size"]
-        if settings["mode"] == "guarded":
-            return GuardedRing(inputs, outputs, hidden, kernel, settings["guard"])
-        if settings["mode"] == "streams":
-            return BlindStreams(inputs, outputs, hidden, settings["dilations"], kernel)
-        return MaskedStack(inputs, outputs, hidden, settings["dilations"], kernel, settings["mode"])
+    @staticmethod
+    def _likelihood(mode: str, network: ContextNetwork, orders: int, linear_components: int) -> str:
+        """What the product over all patches is; a warning where it is nothing."""
+        if not network.sees_itself():
+            return "joint" if network.joint and orders == 1 else "pseudo"
+        taps = network.taps()
+        check(
+            linear_components == 0 or not taps[len(taps) // 2, len(taps) // 2],
+            "linear_components",
+            linear_components,
+            f"mode '{mode}' sees its own target, which a linear prediction would copy: give 0",
+        )
+        logger.warning(
+            f"mode '{mode}' with these dilations and this kernel_size sees the patch that it predicts, so it gives no "
+            "likelihood: kernel_size 3 with dilations [1,2,4,2,2] hides it in mode 'bidirectional', other modes always "
+            "do"
+        )
+        return "none"
 
     def forward(self, features: Tensor) -> Tensor:
         """Predict ``features`` [B, C, h, w] from their context.
@@ -257,14 +233,13 @@ class SpatialARDensity(nn.Module):
         if not self.whitens:
             return
         residuals = (self.residual(batch.to(self.whitening.device)) for batch in training)
-        settings = self.settings
-        fitted = fit_gaussian(residuals, settings["covariance"], settings["rank"], settings["shrinkage"])
+        fitted = fit_gaussian(residuals, **self.fit)
         for buffer, value in zip((self.residual_mean, self.whitening, self.log_determinant), fitted, strict=True):
             buffer.copy_(value)
 
     @torch.jit.ignore
     def describe(self) -> dict[str, Any]:
-        """The hyper-parameters that the weights depend on, and the kind of likelihood, as plain JSON values."""
+        """The settings that it uses, and the kind of likelihood, as plain JSON values."""
         return {**self.settings, "likelihood": self.likelihood}
 
 
@@ -273,13 +248,9 @@ def squared_error(prediction: Tensor, features: Tensor) -> Tensor:
     return F.mse_loss(prediction, features, reduction="none").mean(dim=1)
 
 
-def _is_whole(number: Any) -> bool:
-    return isinstance(number, int) and number >= 1
-
-
-def _check(holds: bool, name: str, value: Any, remedy: str) -> None:
-    if not holds:
-        raise BundleError(f"{name} is {value}: {remedy}")
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def load_paper_checkpoint(path: str | os.PathLike, dilations: Sequence[int]) -> SpatialARDensity:
@@ -323,13 +294,14 @@ def load_paper_checkpoint(path: str | os.PathLike, dilations: Sequence[int]) -> 
         mode=mode,
         linear_components=0,
         covariance="isotropic",
-        guard=0,
     )
+    (stack,) = density.contexts
+    assert isinstance(stack, MaskedStack)
     for index, has_mask in enumerate(masked):
-        taps = kernel_taps(mode, weights[0].shape[-1], first=index == 0)
+        taps = stack.layer_taps(stack.kernel_size, first=index == 0)
         if has_mask and not torch.equal(state[f"net.{2 * index}.mask"], taps.expand_as(weights[index])):
             raise BundleError(
                 f"'{path}' has a mask in layer {index} that is not the paper's {mode} mask: it can't be loaded"
             )
-    density.contexts[0].load_state_dict({key: value for key, value in state.items() if not key.endswith(".mask")})
+    stack.load_state_dict({key: value for key, value in state.items() if not key.endswith(".mask")})
     return density.eval()

@@ -6,20 +6,18 @@ image -> resize -> normalize (3 channels, backbone's mean and deviation) -> patc
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, check
 from bundle.networks.density import SpatialARDensity, squared_error
 from bundle.networks.features import FeatureNetwork
 from bundle.networks.gaussian import moments
 from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold, largest_of_each
-
-DERIVED = {"likelihood"}  # of an identity: follows from other entries
 
 
 class Detection(NamedTuple):
@@ -48,7 +46,7 @@ class Detector(Protocol):
         """Anomaly map, image score and patch map of ``image`` [B, C, H, W] in [0, 1]."""
 
     def describe(self) -> dict[str, Any]:
-        """Backbone, hash of its weights, preprocessing and density."""
+        """The identity: settings of preprocessing, features, density and scores, and the hash of the weights."""
 
 
 class AnomalyDetector(nn.Module):
@@ -60,13 +58,16 @@ class AnomalyDetector(nn.Module):
     :meth:`calibrate` thresholds are infinite, and the rates that they were wanted for not a number.
 
     What decides an output travels in the state dict: density, standardization, scores, thresholds and ``identity``
-    (backbone, hash of its weights, preprocessing, settings of density and scores). The weights of the backbone do not.
-    Loading the state of another identity is refused. Scriptable by ``torch.jit.script``, at every image size.
+    (settings of preprocessing, features, density and scores, and the hash of the backbone's weights). The weights of
+    the backbone do not. Loading the state of another identity is refused. Scriptable by ``torch.jit.script``, at every
+    image size.
 
     Args:
         features: the frozen feature network.
         density: of ``num_channels`` of the features, or of ``feature_components`` channels.
-        image_size: side, or [height, width], that images are resized to; divisible by the patch size.
+        preprocessing: how images are read before they come here (plain JSON values), a part of the identity.
+        image_size: side, or [height, width], that images are resized to, divisible by the patch size; None: that of the
+            backbone.
         tiles: per side, that a resized image is cut into for the feature network: at twice the image size and 2 tiles
             a patch covers half the length, and a transformer no longer sequence. 1: whole.
         standardize: bring every channel of the embeddings to mean 0 and deviation 1 over healthy training patches, so
@@ -76,7 +77,6 @@ class AnomalyDetector(nn.Module):
         feature_components: principal components that the standardized embeddings are reduced to; None: not reduced.
         score_scale, residual_pooling, per_position: see :class:`~bundle.networks.scores.PatchScore`.
         image_score: see :class:`~bundle.networks.scores.ImageScore`.
-        preprocessing: how images are read before they come here (plain JSON values), a part of the identity.
 
     Raises:
         BundleError: if ``image_size`` is not divisible by the patch size in every tile, the density is of other
@@ -96,7 +96,9 @@ class AnomalyDetector(nn.Module):
         self,
         features: FeatureNetwork,
         density: SpatialARDensity,
-        image_size: int | Sequence[int] = 320,
+        preprocessing: dict[str, Any] | None = None,
+        *,
+        image_size: int | Sequence[int] | None = None,
         tiles: int = 1,
         feature_pooling: int = 1,
         standardize: bool = True,
@@ -105,22 +107,20 @@ class AnomalyDetector(nn.Module):
         residual_pooling: float = 1.0,
         per_position: bool = True,
         image_score: str = "adjusted",
-        preprocessing: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         channels = features.num_channels
-        if not isinstance(tiles, int) or tiles < 1:
-            raise BundleError(f"tiles is {tiles}: give the number of tiles per side, 1 for whole images")
-        if feature_components is not None and not 1 <= feature_components <= channels:
-            raise BundleError(
-                f"feature_components is {feature_components}: give 1 to {channels}, the embeddings' channels, or null"
-            )
-        if feature_pooling < 1 or feature_pooling % 2 == 0:
-            raise BundleError(
-                f"feature_pooling is {feature_pooling}: give an odd number of patches such as 3, 1 for none"
-            )
+        check(isinstance(tiles, int) and tiles >= 1, "tiles", tiles, "give their number per side, 1 for whole images")
+        check(
+            feature_components is None or 1 <= feature_components <= channels,
+            "feature_components",
+            feature_components,
+            f"give 1 to {channels}, the embeddings' channels, or null",
+        )
+        odd = feature_pooling >= 1 and feature_pooling % 2 == 1
+        check(odd, "feature_pooling", feature_pooling, "give an odd number of patches such as 3, 1 for none")
         reduced = feature_components or channels
-        self.image_size = _checked_size(image_size, features.patch_size * tiles)
+        self.image_size = _checked_size(image_size or features.image_size, features.patch_size * tiles)
         if density.in_channels != reduced:
             raise BundleError(
                 f"the density has {density.in_channels} channels, but the embeddings {reduced}: give it that many"
@@ -128,14 +128,13 @@ class AnomalyDetector(nn.Module):
         self.features = features
         self.feature_pooling = nn.AvgPool2d(feature_pooling, stride=1, padding=feature_pooling // 2)
         self.density = density
-        settings = density.describe()
         self.patch_score = PatchScore(
             reduced,
             [side // features.patch_size for side in self.image_size],
+            density.fit,
             score_scale,
             residual_pooling,
             per_position,
-            **{key: settings[key] for key in ("covariance", "rank", "shrinkage")},
         )
         self.image_score = ImageScore(image_score)
         self.tiles = tiles
@@ -148,21 +147,24 @@ class AnomalyDetector(nn.Module):
         self.register_buffer("image_threshold", torch.full((), float("inf")))
         self.register_buffer("false_positive_rate", torch.full((), float("nan"), dtype=torch.float64))
         self.register_buffer("image_false_positive_rate", torch.full((), float("nan"), dtype=torch.float64))
-        identity = {
+        self.embedding_recipe = {
+            **(preprocessing or {}),
             **features.describe(),
             "image_size": self.image_size,
             "tiles": tiles,
             "feature_pooling": feature_pooling,
+        }
+        identity = {
+            **self.embedding_recipe,
             "standardize": standardize,
             "feature_components": feature_components,
-            **settings,
+            **density.describe(),
             "score_scale": score_scale,
             "residual_pooling": residual_pooling,
             "per_position": per_position,
             "image_score": image_score,
-            **(preprocessing or {}),
         }
-        self.register_buffer("identity", _encode(identity))
+        self.register_buffer("identity", encode_identity(identity))
 
     @torch.jit.export
     def resize(self, image: Tensor) -> Tensor:
@@ -293,13 +295,13 @@ class AnomalyDetector(nn.Module):
         return _Mapped(lambda batch: self.standardize(batch.to(self.feature_mean.device)), batches)
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint must agree with: backbone, hash of its weights, preprocessing and density."""
-        return _decode(self.identity)
+        """The identity: what a checkpoint must agree with, as plain JSON values."""
+        return decode_identity(self.identity)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         stored = state_dict.get(prefix + "identity")
         if stored is not None:
-            refuse_other(_decode(stored), self.describe())
+            refuse_other(decode_identity(stored), self.describe())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -322,32 +324,34 @@ def _checked_size(image_size: int | Sequence[int], patch: int) -> list[int]:
     return [int(side) for side in size]
 
 
-def _encode(identity: dict[str, Any]) -> Tensor:
+def encode_identity(identity: dict[str, Any]) -> Tensor:
     """JSON as bytes in a tensor, which every checkpoint format and TorchScript can hold."""
     return torch.tensor(list(json.dumps(identity, sort_keys=True).encode()), dtype=torch.uint8)
 
 
-def _decode(identity: Tensor) -> dict[str, Any]:
-    return json.loads(bytes(identity.tolist()).decode())
+def decode_identity(stored: Tensor) -> dict[str, Any]:
+    """What :func:`encode_identity` was given."""
+    return dict(json.loads(bytes(stored.tolist()).decode()))
 
 
-def refuse_other(stored: dict[str, Any], own: dict[str, Any]) -> None:
-    """Raise the first difference between the identity of a checkpoint and that of this detector."""
-    for key in ["backbone", *sorted((own.keys() | stored.keys()) - DERIVED)]:
-        theirs, ours = stored.get(key), own.get(key)
-        if (key in stored) != (key in own):
-            side = "has no" if key in own else "has a"
-            raise BundleError(
-                f"the checkpoint {side} {key!r} in its identity, which is that of another version: train it anew, or "
-                "take the version that made it"
-            )
-        if theirs != ours:
-            what = (
-                f"{key} {theirs!r}" if key == "backbone" else f"{key} {theirs!r} (backbone {stored.get('backbone')!r})"
-            )
-            remedy = (
-                f"give --{key} '{theirs}', or another checkpoint"
-                if key != "weights"
-                else "give the weights it was trained with"
-            )
-            raise BundleError(f"the checkpoint was trained with {what}, but this detector has {key} {ours!r}: {remedy}")
+def _same(stored: Any, wanted: Any) -> bool:
+    """Whether two entries mean the same: one number stands for equal ones, and ``auto`` for any backbone."""
+    return wanted in (stored, "auto") or (isinstance(stored, list) and {wanted} == set(stored))
+
+
+def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that is not what is ``wanted``; an entry that only one of them has is no difference.
+
+    Raises:
+        BundleError: with all differences in one line.
+    """
+    differences = [
+        f"{name} {stored[name]!r}, not {wanted[name]!r}"
+        for name in sorted(stored.keys() & wanted.keys())
+        if not _same(stored[name], wanted[name])
+    ]
+    if not differences:
+        return
+    only_weights = len(differences) == 1 and "weights" in stored and stored["weights"] != wanted.get("weights")
+    remedy = "give --weights those it was trained with" if only_weights else "leave these out, or take another model"
+    raise BundleError(f"the model was trained with {'; '.join(differences)}: {remedy}")

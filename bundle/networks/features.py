@@ -69,6 +69,7 @@ class FeatureNetwork(nn.Module):
         self.backbone_name = source.backbone
         self.weights_origin = source.origin
         self.patch_size = spec.patch
+        self.image_size = 320
         self.keeps_bf16 = spec.keeps_bf16
         self.cpu_pixels = CPU_PIXELS  # 0: any number at once
         self.layers = _checked_layers(

@@ -61,19 +61,21 @@ def live_parts(taps: Tensor) -> list[list[int]]:
     return [[top, bottom - 1, left, right], [bottom - 1, bottom, left, end]]
 
 
-def kernel_taps(mode: str, kernel_size: int, first: bool, guard: int = 0) -> Tensor:
-    """The live taps [k, k] of a layer.
+def taps_around(kernel_size: int, guard: int = 0) -> Tensor:
+    """The taps [k, k] of a kernel that sees all but its center, and all that is within ``guard`` patches of it."""
+    taps = torch.ones(kernel_size, kernel_size)
+    hidden = slice(kernel_size // 2 - guard, kernel_size // 2 + guard + 1)
+    taps[hidden, hidden] = 0
+    return taps
 
-    ``causal`` sees what comes earlier in raster order; its first layer hides the center (PixelCNN mask A), later
-    layers show it (mask B). ``standard`` hides nothing. Every other mode hides the center in its first layer only.
-    With ``guard`` the first layer also hides all patches that are no further than that from the center.
+
+def taps_before(kernel_size: int, with_center: bool) -> Tensor:
+    """The taps [k, k] of a kernel that sees what comes earlier in raster order, and maybe the center.
+
+    Masks B and A of PixelCNN (van den Oord et al., *Pixel Recurrent Neural Networks*, ICML 2016).
     """
     taps = torch.ones(kernel_size, kernel_size)
     center = kernel_size // 2
-    if mode == "causal":
-        taps[center, center + 1 :] = 0
-        taps[center + 1 :] = 0
-    if mode != "standard" and first:
-        hidden = slice(center - guard, center + guard + 1)
-        taps[hidden, hidden] = 0
+    taps[center, center + with_center :] = 0
+    taps[center + 1 :] = 0
     return taps

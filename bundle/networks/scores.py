@@ -7,6 +7,7 @@ patches at the same position [B, h, w] -> one score an image [B]
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,11 @@ class PatchScore(nn.Module):
     Args:
         channels: C of the residuals.
         grid: height and width of the map, in patches.
+        fit: kind, rank and shrinkage of the covariance, see :class:`~bundle.networks.density.SpatialARDensity`.
         scale: ``log_radius``, or ``squared_error``, without a logarithm as in the paper.
         pooling: deviation of the Gaussian weights of the mean, in patches; 0: each patch alone.
         per_position: compare with healthy patches at the same position, for images that are about aligned; else with
             all healthy patches.
-        covariance, rank, shrinkage: see :class:`~bundle.networks.density.SpatialARDensity`.
 
     Raises:
         BundleError: for an unknown scale, or a negative pooling.
@@ -56,12 +57,10 @@ class PatchScore(nn.Module):
         self,
         channels: int,
         grid: list[int],
+        fit: dict[str, Any],
         scale: str = "log_radius",
         pooling: float = 1.0,
         per_position: bool = True,
-        covariance: str = "full",
-        rank: int = 32,
-        shrinkage: float | None = None,
     ) -> None:
         super().__init__()
         check_choice("score_scale", scale, SCALES)
@@ -69,8 +68,8 @@ class PatchScore(nn.Module):
             raise BundleError(f"residual_pooling is {pooling}: give 0 for none, or a number of patches such as 1.0")
         self.takes_logarithm = scale == "log_radius"
         self.per_position = per_position
-        self.whitens = covariance in FITTED
-        self.covariance, self.rank, self.shrinkage = covariance, rank, shrinkage
+        self.whitens = fit["kind"] in FITTED
+        self.fit_options = fit
         self.reach = math.ceil(2 * pooling)
         distance = torch.arange(-self.reach, self.reach + 1) / max(pooling, 1e-6)
         weights = torch.exp(-0.5 * distance.square())
@@ -130,7 +129,7 @@ class PatchScore(nn.Module):
         """
         if self.whitens:
             pooled = (self.pool(batch) for batch in residuals)
-            mean, whitening, _ = fit_gaussian(pooled, self.covariance, self.rank, self.shrinkage)
+            mean, whitening, _ = fit_gaussian(pooled, **self.fit_options)
             self.mean.copy_(mean)
             self.whitening.copy_(whitening)
         surprise = torch.cat([self.surprise(batch).double().cpu() for batch in residuals])
@@ -223,6 +222,17 @@ class ImageScore(nn.Module):
         return (scores - scores.mean()) / self.healthy_std.double().cpu()
 
 
+def check_rate(name: str, rate: float) -> float:
+    """``rate``, if it is in (0, 1).
+
+    Raises:
+        BundleError: if it is not.
+    """
+    if not 0 < rate < 1:
+        raise BundleError(f"{name} must be in (0, 1), got {rate}: try 0.01")
+    return rate
+
+
 def largest_of_each(scores: Tensor, cases: Sequence[int]) -> Tensor:
     """The largest of the ``scores`` [slices] of each case, as a study is scored by its worst slice."""
     groups = torch.as_tensor(cases, device=scores.device)
@@ -249,8 +259,7 @@ def conformal_threshold(healthy: Tensor, false_positive_rate: float, what: str) 
     Raises:
         BundleError: if the rate is not in (0, 1), or there is no score.
     """
-    if not 0 < false_positive_rate < 1:
-        raise BundleError(f"the false positive rate of {what} must be in (0, 1), got {false_positive_rate}: try 0.01")
+    check_rate(f"the false positive rate of {what}", false_positive_rate)
     ordered = healthy.flatten().double().sort().values
     if len(ordered) == 0:
         raise BundleError("no healthy validation image to calibrate on: add some to the valid/good folder")

@@ -52,6 +52,16 @@ def files_of(source: Source) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
 
 
+def check_channel(channel: int | None) -> None:
+    """Refuse what is no volume of a 4D file.
+
+    Raises:
+        BundleError: if it is no number from 0, nor None.
+    """
+    if channel is not None and (not isinstance(channel, int) or channel < 0):
+        raise BundleError(f"channel is {channel!r}: give the volume of a 4D file, a number from 0, or null")
+
+
 class RequireDicomd(MapTransform):
     """Refuse what no DICOM result could refer to: loaded ``keys`` must come from DICOM, with a place in a patient.
 
@@ -111,8 +121,7 @@ class LoadCased(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        if channel is not None and (not isinstance(channel, int) or channel < 0):
-            raise BundleError(f"channel is {channel!r}: give the volume of a 4D file, a number from 0, or null")
+        check_channel(channel)
         if min_slices < 1:
             raise BundleError(f"min_slices is {min_slices}: give at least 1")
         self.channel = channel

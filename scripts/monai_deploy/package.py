@@ -17,7 +17,7 @@ from monai.bundle import ConfigParser
 from bundle.errors import BundleError
 from bundle.exports import export_torchscript
 from bundle.networks import AnomalyDetector
-from bundle.training import load_checkpoint
+from bundle.checkpoint import load_checkpoint
 from scripts.monai_deploy.recipe import embedded_configs
 from scripts.monai_deploy.study import StudyDetector
 

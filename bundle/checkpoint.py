@@ -1,0 +1,119 @@
+"""Checkpoints: files that hold what was trained, and the settings that make the detector of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ignite.distributed as idist
+import torch
+from torch import Tensor, nn
+
+from bundle.errors import BundleError
+from bundle.model import Settings, known_settings, settings_in
+from bundle.networks.detector import decode_identity, refuse_other
+
+STORED = torch.float16  # of the weights in a checkpoint: half the size, and far more digits than a prediction has
+FORGOTTEN = ("likelihood",)  # what identities of earlier versions hold beside settings and facts of the weights
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        identity: settings of the model and facts of its weights, as plain JSON values.
+        state: tensors by name.
+    """
+
+    identity: dict[str, Any]
+    state: dict[str, Any]
+
+
+def save_atomically(content: Any, path: str | os.PathLike) -> None:
+    """`torch.save` to a temporary name, then move: a crash leaves the old file or none, never half of one.
+
+    Of several processes only the first writes.
+    """
+    if idist.get_rank() > 0:
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    torch.save(content, partial)
+    os.replace(partial, target)
+
+
+def save_checkpoint(detector: nn.Module, path: str | os.PathLike) -> None:
+    """Write the state of a trained and calibrated detector, the weights of its prediction in 16 bits."""
+    state = detector.state_dict()
+    narrow = [key for key in state if key.startswith(("density.linear.", "density.contexts."))]
+    save_atomically(state | {key: state[key].to(STORED) for key in narrow}, path)
+    logger.info(f"the model is '{path}'")
+
+
+def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Read a checkpoint as data: nothing in it is run.
+
+    Raises:
+        BundleError: if the file is missing, or no checkpoint.
+    """
+    if not os.path.isfile(path):
+        raise BundleError(f"no checkpoint at '{path}': train first, or give --checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        identity = state["identity"]
+        return Checkpoint(decode_identity(identity) if isinstance(identity, Tensor) else dict(identity), state)
+    except Exception as error:
+        raise _no_checkpoint(path, error) from error
+
+
+def trained_settings(path: str | os.PathLike, given: Mapping[str, Any] | None = None) -> Settings:
+    """The settings that a model was trained with, from its checkpoint.
+
+    Args:
+        path: of the checkpoint.
+        given: settings that the caller expects, or that the checkpoint of an earlier version does not have.
+
+    Raises:
+        BundleError: if there is no such checkpoint, an entry is of another type, or ``given`` is not what the model was
+            trained with.
+    """
+    identity = read_checkpoint(path).identity
+    expected = Settings(given).given
+    refuse_other(identity, expected)
+    return Settings(expected | settings_in(identity).given)
+
+
+def load_checkpoint(detector: Any, path: str | os.PathLike) -> None:
+    """Load what was trained into a detector of the same settings.
+
+    Args:
+        detector: an :class:`AnomalyDetector`, or a network that tells its identity and loads a state as that does.
+        path: of the checkpoint.
+
+    Raises:
+        BundleError: if the file is missing, no checkpoint, of another version, or of other settings or weights.
+    """
+    identity, state = read_checkpoint(path)
+    unknown = identity.keys() - detector.describe().keys() - known_settings().keys() - set(FORGOTTEN)
+    if unknown:
+        raise BundleError(
+            f"'{path}' has {', '.join(sorted(unknown))} in its identity, which this version does not know: take the "
+            "version that made it"
+        )
+    try:
+        detector.load_state_dict(state)
+    except BundleError:
+        raise
+    except Exception as error:
+        raise _no_checkpoint(path, error) from error
+
+
+def _no_checkpoint(path: str | os.PathLike, error: Exception) -> BundleError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return BundleError(f"'{path}' is no checkpoint of this bundle ({reason}): give the model.pt of a training")

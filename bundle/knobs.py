@@ -1,0 +1,193 @@
+"""Typed values of knobs: one reading of what a command line, a file of arguments or a checkpoint gives.
+
+The type of a knob is the annotation of the argument that takes it, else that of its default. JSON's spellings (``true``,
+``null``, ``[1, 2]``) and Python's are read alike; anything else is refused with the type and an example.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pydoc import locate
+from typing import Any, NamedTuple
+
+from fire.parser import DefaultParseValue
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from bundle.errors import BundleError
+
+SYNTAX = ("$", "@", "%")  # how MONAI's expressions, references and macros begin
+OWN_PACKAGES = ("bundle.", "scripts.")
+_WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "none": None}
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+
+
+class Knob(NamedTuple):
+    """What is known of a knob.
+
+    Attributes:
+        kind: its type, as annotations are written.
+        default: its value if nothing is given.
+    """
+
+    kind: Any
+    default: Any = None
+
+
+def typed(name: str, value: Any, knob: Knob) -> Any:
+    """``value`` as the type of ``knob`` has it; sequences become lists.
+
+    Raises:
+        BundleError: if it is of another type, with an example.
+    """
+    try:
+        found = TypeAdapter(knob.kind, config=_STRICT).validate_python(value)
+    except ValidationError as error:
+        raise BundleError(
+            f"--{name} must be {words(knob.kind)}, got {json.dumps(value, default=str)}: for example --{name} "
+            f"{json.dumps(_example(knob), default=str)}"
+        ) from error
+    return list(found) if isinstance(found, tuple) else found
+
+
+def read_text(name: str, text: str, knob: Knob) -> Any:
+    """What a person means by ``text``; MONAI's own syntax stays as it is.
+
+    Raises:
+        BundleError: if it cannot be read as the type of ``knob``.
+    """
+    if text.startswith(SYNTAX):
+        return text
+    for candidate in _readings(text, knob):
+        if _fits(candidate, knob.kind):
+            return typed(name, candidate, knob)
+    return typed(name, text, knob)  # the error
+
+
+def settings_of(part: Callable[..., Any]) -> dict[str, Knob]:
+    """The arguments of a class or function that have a default, with their annotations."""
+    hints = typing.get_type_hints(part.__init__ if isinstance(part, type) else part)
+    return {
+        parameter.name: Knob(hints.get(parameter.name, Any), parameter.default)
+        for parameter in inspect.signature(part).parameters.values()
+        if parameter.default is not parameter.empty
+    }
+
+
+def knob_of(config: Mapping[str, Any], name: str) -> Knob:
+    """The knob that item ``name`` of a config is; nested items are named ``outer::inner``.
+
+    Args:
+        config: the content of config files, with macros resolved.
+        name: of an item.
+    """
+    default = _item(config, name)
+    if isinstance(default, str) and default.startswith("@") and default[1:] in config:
+        return knob_of(config, default[1:])
+    kinds = (kind for kind in _consumers(config, name) if kind is not Any)
+    if (kind := next(kinds, None)) is not None:
+        return Knob(kind, default)
+    if default is None or (isinstance(default, str) and default.startswith(SYNTAX)):
+        return Knob(Any if default is None else str, None)
+    if isinstance(default, dict):
+        return Knob(str, None) if "_target_" in default else Knob(Any, default)
+    if isinstance(default, list):
+        return Knob(list[type(default[0])] if default else list, default)  # type: ignore[misc]
+    return Knob(type(default), default)
+
+
+def words(kind: Any) -> str:
+    """A type in words."""
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        os.PathLike: "text",
+        types.NoneType: "null",
+    }
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(words, typing.get_args(kind))))
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        inner = words(typing.get_args(kind)[0]).removeprefix("a ")
+        return f"a list of {inner if inner == 'text' else f'{inner}s'}"
+    return names.get(origin or kind, getattr(kind, "__name__", str(kind)))
+
+
+def _readings(text: str, knob: Knob) -> Iterator[Any]:
+    """What ``text`` may mean, the likeliest first."""
+    word = text.strip().lower()
+    if word in _WORDS and not (_WORDS[word] is not None and _fits(text, knob.kind)):
+        yield _WORDS[word]
+    if _fits(text, knob.kind) and knob.kind is not Any:
+        yield text
+    try:
+        yield json.loads(text)
+    except ValueError:
+        pass
+    yield DefaultParseValue(text)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    try:
+        TypeAdapter(kind, config=_STRICT).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def _example(knob: Knob) -> Any:
+    """A value of the right type."""
+    if knob.default is not None:
+        return knob.default
+    for example in (True, 8, 0.5, [1, 2], "text"):
+        if _fits(example, knob.kind):
+            return example
+    return None
+
+
+def _item(config: Any, name: str) -> Any:
+    for key in name.split("::"):
+        try:
+            config = config[int(key) if isinstance(config, list) else key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
+    return config
+
+
+def _consumers(config: Mapping[str, Any], name: str) -> Iterator[Any]:
+    """The annotations of the arguments that take ``name``: of its own component first, then of those that refer to it."""
+    outer, _, inner = name.rpartition("::")
+    if outer and isinstance(component := _item(config, outer), dict):
+        yield from _annotation(component, inner)
+    yield from _referring(config, f"@{name}")
+
+
+def _referring(config: Any, reference: str) -> Iterator[Any]:
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if value == reference:
+                yield from _annotation(config, key)
+            yield from _referring(value, reference)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _referring(value, reference)
+
+
+def _annotation(component: Mapping[str, Any], argument: str) -> Iterator[Any]:
+    """The annotation of an argument of a component that is of this project."""
+    target = component.get("_target_")
+    if isinstance(target, str) and target.startswith(OWN_PACKAGES):
+        part: Any = locate(target)
+        if argument in (knobs := settings_of(part) | _required(part)):
+            yield knobs[argument].kind
+
+
+def _required(part: Callable[..., Any]) -> dict[str, Knob]:
+    hints = typing.get_type_hints(part.__init__ if isinstance(part, type) else part)
+    return {name: Knob(kind) for name, kind in hints.items() if name not in settings_of(part)}

@@ -1,0 +1,100 @@
+"""What a model is: settings that decide its output, each an argument of one of the parts that it is made of.
+
+A training chooses them, its checkpoint holds them, and whoever uses the checkpoint follows them. A new one is an
+argument of a part and a line in ``configs/train.json``. Its default is what a checkpoint means that does not have it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+from bundle.errors import BundleError, check_choice, did_you_mean
+from bundle.knobs import Knob, settings_of, typed
+from bundle.networks.context import CONTEXTS
+from bundle.networks.density import SpatialARDensity
+from bundle.networks.detector import AnomalyDetector
+from bundle.networks.features import FeatureNetwork
+from bundle.transforms.reading import Reading
+
+PARTS: tuple[Callable[..., Any], ...] = (Reading, FeatureNetwork, SpatialARDensity, *CONTEXTS.values(), AnomalyDetector)
+# arguments that say where things are, or hand one part to another
+NO_SETTINGS = ("weights", "weights_sha256", "timm_kwargs", "preprocessing")
+
+
+class Settings(Mapping[str, Any]):
+    """The settings of a model, all of them, checked.
+
+    Args:
+        values: by name; what is absent has its default.
+
+    Raises:
+        BundleError: for an unknown name, or a value of another type. Choices and ranges are checked by the parts.
+
+    Attributes:
+        given: those that are in ``values``.
+    """
+
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        known = known_settings()
+        self.given: dict[str, Any] = {}
+        for name, value in (values or {}).items():
+            if name not in known:
+                raise BundleError(f"a model has no setting '{name}': {did_you_mean(name, known)}")
+            self.given[name] = typed(name, value, known[name])
+        self._values = {name: knob.default for name, knob in known.items()} | self.given
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def of(self, part: Callable[..., Any]) -> dict[str, Any]:
+        """Those that are arguments of ``part``."""
+        return {name: self[name] for name in settings_of(part) if name in self}
+
+
+@cache
+def known_settings() -> dict[str, Knob]:
+    """All settings, with their types and defaults."""
+    found = {name: knob for part in PARTS for name, knob in settings_of(part).items()}
+    return {name: knob for name, knob in found.items() if name not in NO_SETTINGS}
+
+
+def settings_in(identity: Mapping[str, Any]) -> Settings:
+    """The settings in the identity of a checkpoint or an exported file, whose other entries are facts of its weights.
+
+    Raises:
+        BundleError: for a value of another type.
+    """
+    return Settings({name: value for name, value in identity.items() if name in known_settings()})
+
+
+def make_detector(
+    settings: Mapping[str, Any] | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    weights_sha256: str | None = None,
+) -> AnomalyDetector:
+    """The untrained detector of ``settings``.
+
+    Args:
+        settings: by name; what is absent has its default.
+        weights, weights_sha256: of the backbone, see :class:`~bundle.networks.FeatureNetwork`.
+
+    Raises:
+        BundleError: for settings that are unknown or do not fit, or if there are no weights.
+    """
+    chosen = Settings(settings)
+    reading = Reading(**chosen.of(Reading))
+    context = CONTEXTS[check_choice("density mode", chosen["mode"], CONTEXTS)]
+    features = FeatureNetwork(weights=weights, weights_sha256=weights_sha256, **chosen.of(FeatureNetwork))
+    channels = chosen["feature_components"] or features.num_channels
+    density = SpatialARDensity(channels, **chosen.of(SpatialARDensity), **chosen.of(context))
+    return AnomalyDetector(features, density, asdict(reading), **chosen.of(AnomalyDetector))
