@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from bundle.distributed import check_synchronized
 from bundle.errors import BundleError, check_choice
+from bundle.files import whole_file
 from bundle.networks.detector import AnomalyDetector
 
 SCHEDULES = ("cosine", "constant")
@@ -253,11 +254,8 @@ def save_atomically(content: Any, path: str | os.PathLike) -> None:
     """
     if idist.get_rank() > 0:
         return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    torch.save(content, partial)
-    os.replace(partial, target)
+    with whole_file(path) as partial:
+        torch.save(content, partial)
 
 
 def save_checkpoint(detector: AnomalyDetector, path: str | os.PathLike) -> None:

@@ -11,9 +11,9 @@ from monai.transforms import Compose
 from PIL import Image
 from pydicom.data import get_testdata_file
 
-from bundle.data import find_images, find_splits, read_splits, readable
-from bundle.data.store import content_key
+from bundle.data import find_images, find_splits, keep_readable, read_splits
 from bundle.errors import BundleError
+from bundle.files import content_key
 from bundle.transforms import ExtractSlicesd, LoadCased
 
 
@@ -205,11 +205,11 @@ def broken_set(folder):
 
 def test_the_first_unreadable_image_is_named(tmp_path):
     with pytest.raises(BundleError, match=r"cannot read .*b\.png"):
-        readable(broken_set(tmp_path), LoadCased("image"))
+        keep_readable(broken_set(tmp_path), LoadCased("image"))
 
 
 def test_unreadable_images_are_named_skipped_and_counted_on_request(tmp_path, caplog):
-    good = readable(broken_set(tmp_path), Compose([LoadCased("image")]), on_error="skip")
+    good = keep_readable(broken_set(tmp_path), Compose([LoadCased("image")]), on_error="skip")
     assert [case["name"] for case in good] == ["a", "c"]
     assert "b.png" in caplog.text
     assert "skipped 1 of 3 images" in caplog.text
@@ -218,12 +218,12 @@ def test_unreadable_images_are_named_skipped_and_counted_on_request(tmp_path, ca
 def test_a_set_of_unreadable_images_only_is_refused_even_when_skipping(tmp_path):
     (tmp_path / "a.png").write_bytes(b"nothing")
     with pytest.raises(BundleError, match="none of 1 images can be read"):
-        readable(find_images(tmp_path), LoadCased("image"), on_error="skip")
+        keep_readable(find_images(tmp_path), LoadCased("image"), on_error="skip")
 
 
 def test_a_misspelt_on_error_is_named(tmp_path):
     with pytest.raises(BundleError, match="did you mean 'skip'"):
-        readable([], LoadCased("image"), on_error="skipp")
+        keep_readable([], LoadCased("image"), on_error="skipp")
 
 
 def test_healthy_images_that_the_feature_cache_knows_are_not_read_again(tmp_path):

@@ -12,8 +12,8 @@ from monai.bundle import ConfigParser, ckpt_export, create_workflow, verify_meta
 
 from bundle import __version__
 from bundle.command_line import check_knobs
-from bundle.data import make_sample_cohort
 from bundle.errors import BundleError
+from bundle.samples import make_sample_cohort
 from bundle.training import save_checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from bundle import exports
 from bundle.compute import Compute
-from bundle.data import make_sample_cohort
 from bundle.errors import BundleError
 from bundle.exports import check_parity, export_all, load_exported, resize_by_matrices
 from bundle.networks import FeatureNetwork
 from bundle.networks.weights import BACKBONES
+from bundle.samples import make_sample_cohort
 from bundle.training import save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
