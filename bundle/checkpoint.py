@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ignite.distributed as idist
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bundle.errors import BundleError
+from bundle.files import whole_file
 from bundle.model import Settings, known_settings, settings_in
 from bundle.networks.detector import decode_identity, refuse_other
 
@@ -35,17 +35,11 @@ class Checkpoint(NamedTuple):
 
 
 def save_atomically(content: Any, path: str | os.PathLike) -> None:
-    """`torch.save` to a temporary name, then move: a crash leaves the old file or none, never half of one.
-
-    Of several processes only the first writes.
-    """
+    """`torch.save`, at once or not at all; of several processes only the first writes."""
     if idist.get_rank() > 0:
         return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    torch.save(content, partial)
-    os.replace(partial, target)
+    with whole_file(path) as partial:
+        torch.save(content, partial)
 
 
 def save_checkpoint(detector: nn.Module, path: str | os.PathLike) -> None:

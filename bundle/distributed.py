@@ -39,7 +39,7 @@ def shard(items: Sequence[Item]) -> Sequence[Item]:
 def gather(value: Item) -> list[Item]:
     """What every process holds, in their order; any plain object."""
     gathered: Any = idist.all_gather([value])  # type: ignore[arg-type]
-    return [one for share in gathered for one in share] if idist.get_world_size() > 1 else [value]
+    return [item for share in gathered for item in share] if idist.get_world_size() > 1 else [value]
 
 
 def per_process(batch_size: int) -> int:

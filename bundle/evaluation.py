@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from itertools import chain
@@ -16,9 +15,9 @@ from ignite.engine import Engine, Events
 from bundle.data.cases import Case
 from bundle.distributed import gather
 from bundle.figures import curves, gallery, picture
+from bundle.files import write_csv, write_json
 from bundle.metrics import METRIC_NAMES, AnomalyMetric
 from bundle.networks.detector import Detector
-from bundle.outputs import write_csv
 from bundle.provenance import data_words, model_words
 from bundle.tracking import Tracker
 
@@ -146,13 +145,6 @@ def results(output: list[dict[str, Any]]) -> tuple[list[Any], list[Any], list[An
     maps = [found["metric_map"][0].movedim(-1, 0) for found in output]
     masks = [found["metric_mask"][0].movedim(-1, 0) if "metric_mask" in found else None for found in output]
     return maps, masks, [found["pred_score"] for found in output], [found["label"] for found in output]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, at once or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
 
 
 def _finite(value: float) -> float | None:

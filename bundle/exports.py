@@ -28,11 +28,11 @@ from torch.nn import functional as F
 
 from bundle.compute import Compute
 from bundle.errors import BundleError, check_choice
+from bundle.files import whole_files, write_csv
 from bundle.model import Settings, settings_in
 from bundle.networks.detector import AnomalyDetector, Detection, decode_identity, refuse_other
 from bundle.networks.features import CPU_PIXELS
 from bundle.networks.weights import BACKBONES
-from bundle.outputs import write_csv
 from bundle.provenance import model_words
 
 logger = logging.getLogger(__name__)
@@ -197,11 +197,8 @@ def _passport(detector: AnomalyDetector) -> dict[str, str]:
 def _whole(path: str | os.PathLike) -> Iterator[Path]:
     """A path of the same name in a folder beside ``path``; what is written there appears at once or not at all."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
-        yield Path(folder) / target.name
-        for file in sorted(Path(folder).iterdir()):  # .bin before .xml
-            os.replace(file, target.parent / file.name)
+    with whole_files(target.parent) as folder:  # which moves the .bin before the .xml
+        yield folder / target.name
 
 
 @contextmanager

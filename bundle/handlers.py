@@ -10,8 +10,8 @@ from ignite.handlers import ProgressBar
 from tqdm import tqdm
 
 
-def shared(handler: Any) -> Any:
-    """``handler`` itself: in a list of handlers MONAI's checks want an object, not a reference to one with an id."""
+def itself(handler: Any) -> Any:
+    """``handler``: in a list of handlers MONAI's checks want an object, not a reference to one with an id."""
     return handler
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import tempfile
@@ -19,15 +18,13 @@ from monai.data import MetaTensor
 from PIL import Image, PngImagePlugin
 
 from bundle import __version__
-from bundle.data.cases import is_flat
-from bundle.data.store import content_key
 from bundle.distributed import gather
 from bundle.errors import BundleError, check_choice
 from bundle.figures import blend, heat, overlay, picture
+from bundle.files import NIFTI_SUFFIXES, content_key, is_flat, write_csv
 from bundle.networks.detector import Detector
 from bundle.provenance import data_words, model_words
 from bundle.tracking import Tracker
-from bundle.transforms.loading import NIFTI_SUFFIXES
 
 SCORE_COLUMNS = (
     "name",
@@ -323,14 +320,3 @@ def _take_geometry(header: nib.Nifti1Header, original: nib.Nifti1Header) -> None
     for field in (*_FORM_FIELDS, "xyzt_units"):
         header[field] = original[field]
     header["pixdim"][:4] = original["pixdim"][:4]
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...] | list[str]) -> None:
-    """Write rows under a header line, at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)

@@ -8,18 +8,23 @@ import subprocess
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from bundle import __version__
-from bundle.data.cases import Case
-from bundle.networks.detector import Detector
-from bundle.transforms.loading import files_of
+from bundle import NAME, __version__
+from bundle.files import files_of
 
-NAME = "dinov3_spatial_ar"
 _HEAD_BYTES = 2**20
 
 
-def data_fingerprint(cases: Iterable[Case]) -> str:
+class Described(Protocol):
+    """A detector, as far as its words go."""
+
+    def describe(self) -> dict[str, Any]:
+        """Backbone, hash of its weights, preprocessing and density."""
+        ...
+
+
+def data_fingerprint(cases: Iterable[dict[str, Any]]) -> str:
     """A sha256 over names, sizes and the first MiB of all images and masks: equal for equal data in any folder."""
     digest = hashlib.sha256()
     for case in cases:
@@ -49,8 +54,8 @@ def is_synthetic(path: str | os.PathLike) -> bool:
 
 
 def run_tags(
-    detector: Detector,
-    cases: Iterable[Case],
+    detector: Described,
+    cases: Iterable[dict[str, Any]],
     dataset_dir: str | os.PathLike,
     bundle_root: str | os.PathLike,
 ) -> dict[str, str]:

@@ -8,8 +8,8 @@ from builders import small_detector
 from commands import QUICK, TRAIN, succeed
 from monai.utils import set_determinism
 
-from bundle.data import make_sample_cohort
 from bundle.networks import FeatureNetwork
+from bundle.samples import make_sample_cohort
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell's jobs in the background ignore Ctrl-C, and so would the commands that tests interrupt

@@ -16,7 +16,7 @@ from PIL import Image
 
 from bundle.errors import BundleError
 from bundle.networks.weights import BACKBONES
-from scripts.benchmark_bmad import (
+from scripts.benchmarks.bmad import (
     benchmark,
     family_of,
     find_sets,
@@ -28,8 +28,8 @@ from scripts.benchmark_bmad import (
     run_cell,
     set_folders,
 )
-from scripts.benchmark_cells import last_words, measured
-from scripts.benchmark_report import REFERENCE, label_points, summarize, write_report
+from scripts.benchmarks.cells import last_words, measured
+from scripts.benchmarks.report import REFERENCE, label_points, summarize, write_report
 
 ROOT = Path(__file__).parents[1]
 CONFIG = load_config(ROOT / "configs/benchmark.json")
@@ -101,7 +101,7 @@ def test_both_methods_are_measured_alike(measured_run):
     assert abs(rows["PaDiM"]["stored_mb"][0] - padim_numbers * 4 / 1e6) < 0.01
     assert "| ours | native size, mask `>0` |" in page
     assert "| PaDiM | native size, mask `>0` |" in page
-    assert "python -m scripts.benchmark_bmad" in page
+    assert "python -m scripts.benchmarks.bmad" in page
 
 
 def test_page_numbers_and_figures_are_written(measured_run):
@@ -302,7 +302,7 @@ def test_a_set_with_image_labels_only_has_dashes_for_pixels(tmp_path):
     times = {"seconds": seconds, "images": 2, "threads": 1, "recipe": {"batch_size": 2, "repeats": 1}}
     data = {"title": "RSNA", "data": "Chest", "synthetic": False, "expected": None, "cells": cells, "times": times}
     results = {
-        "command": "python -m scripts.benchmark_bmad",
+        "command": "python -m scripts.benchmarks.bmad",
         "date": "2026-01-01",
         "commit": "abc",
         "machine": "a machine",
@@ -357,8 +357,8 @@ def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
             raise BundleError("out of memory")
         return {**cell("ours", 1), "recipe": recipe}
 
-    monkeypatch.setattr("scripts.benchmark_bmad.run_cell", fail)
-    monkeypatch.setattr("scripts.benchmark_bmad.run_times", lambda *_: None)
+    monkeypatch.setattr("scripts.benchmarks.bmad.run_cell", fail)
+    monkeypatch.setattr("scripts.benchmarks.bmad.run_times", lambda *_: None)
     data = tiny_set(tmp_path / "set")
     words = ["--methods", "ours", "--seeds", "0", "1", "--protocols", "native"]
     results = benchmark(arguments(data, tmp_path / "out", *words))
@@ -368,9 +368,9 @@ def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
 
 def test_a_method_may_ask_for_fewer_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "scripts.benchmark_bmad.run_cell", lambda folder, recipe, *_: {**cell("", recipe["seed"]), "recipe": recipe}
+        "scripts.benchmarks.bmad.run_cell", lambda folder, recipe, *_: {**cell("", recipe["seed"]), "recipe": recipe}
     )
-    monkeypatch.setattr("scripts.benchmark_bmad.run_times", lambda *_: None)
+    monkeypatch.setattr("scripts.benchmarks.bmad.run_times", lambda *_: None)
     data = tiny_set(tmp_path / "set")
     words = ["--methods", "ours", "nearest neighbor", "--seeds", "4", "5", "6", "--protocols", "native"]
     cells = benchmark(arguments(data, tmp_path / "out", *words))["sets"]["set"]["cells"]
@@ -387,8 +387,8 @@ def test_several_cells_run_at_once_and_come_back_in_order(tmp_path, monkeypatch)
         both_run.wait(timeout=30)
         return {**cell("ours", recipe["seed"]), "recipe": recipe}
 
-    monkeypatch.setattr("scripts.benchmark_bmad.run_cell", together)
-    monkeypatch.setattr("scripts.benchmark_bmad.run_times", lambda *_: None)
+    monkeypatch.setattr("scripts.benchmarks.bmad.run_cell", together)
+    monkeypatch.setattr("scripts.benchmarks.bmad.run_times", lambda *_: None)
     data = tiny_set(tmp_path / "set")
     words = ["--methods", "ours", "--seeds", "2", "0", "1", "3", "--protocols", "native", "--jobs", "2"]
     results = benchmark(arguments(data, tmp_path / "out", *words))

@@ -1,5 +1,6 @@
 """Every spelling of a data set is found, and what is wrong with one is named."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,13 +8,15 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from monai.bundle import ConfigParser
 from monai.transforms import Compose
 from PIL import Image
 from pydicom.data import get_testdata_file
 
-from bundle.data import find_images, find_splits, read_splits, readable
-from bundle.data.store import content_key
+from bundle.data import find_images, find_splits, keep_readable, read_splits
+from bundle.data.cases import add_keys
 from bundle.errors import BundleError
+from bundle.files import content_key
 from bundle.transforms import ExtractSlicesd, LoadCased
 
 
@@ -205,11 +208,11 @@ def broken_set(folder):
 
 def test_the_first_unreadable_image_is_named(tmp_path):
     with pytest.raises(BundleError, match=r"cannot read .*b\.png"):
-        readable(broken_set(tmp_path), LoadCased("image"))
+        keep_readable(broken_set(tmp_path), LoadCased("image"))
 
 
 def test_unreadable_images_are_named_skipped_and_counted_on_request(tmp_path, caplog):
-    good = readable(broken_set(tmp_path), Compose([LoadCased("image")]), on_error="skip")
+    good = keep_readable(broken_set(tmp_path), Compose([LoadCased("image")]), on_error="skip")
     assert [case["name"] for case in good] == ["a", "c"]
     assert "b.png" in caplog.text
     assert "skipped 1 of 3 images" in caplog.text
@@ -218,12 +221,12 @@ def test_unreadable_images_are_named_skipped_and_counted_on_request(tmp_path, ca
 def test_a_set_of_unreadable_images_only_is_refused_even_when_skipping(tmp_path):
     (tmp_path / "a.png").write_bytes(b"nothing")
     with pytest.raises(BundleError, match="none of 1 images can be read"):
-        readable(find_images(tmp_path), LoadCased("image"), on_error="skip")
+        keep_readable(find_images(tmp_path), LoadCased("image"), on_error="skip")
 
 
 def test_a_misspelt_on_error_is_named(tmp_path):
     with pytest.raises(BundleError, match="did you mean 'skip'"):
-        readable([], LoadCased("image"), on_error="skipp")
+        keep_readable([], LoadCased("image"), on_error="skipp")
 
 
 def test_healthy_images_that_the_feature_cache_knows_are_not_read_again(tmp_path):
@@ -236,6 +239,32 @@ def test_healthy_images_that_the_feature_cache_knows_are_not_read_again(tmp_path
     assert "h2" in read
     assert "h1" not in read
     assert {"t1", "t2", "t3"} < set(read)  # test images are always read
+
+
+@pytest.mark.parametrize(("cache", "times"), [("off", 0), ("cache", 1)])
+def test_images_are_hashed_once_with_a_feature_cache_and_not_at_all_without(tmp_path, monkeypatch, cache, times):
+    hashed = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda stream, name: hashed.append(stream.name) or digest(stream, name))
+    knobs = {"dataset_dir": str(bmad(tmp_path / "data")), "output_dir": str(tmp_path), "cache_dir": cache}
+    parser = ConfigParser(ConfigParser.load_config_file("configs/train.json") | knobs)
+    parser.update({"store::recipe": {}, "splits::transform": "$lambda case: case", "splits::healthy_transform": None})
+    splits = parser.get_parsed_content("splits")
+    healthy = [*splits["training"], *splits["validation"]]
+    assert [hashed.count(case["image"]) for case in healthy] == [times] * len(healthy)
+
+
+def test_processes_that_work_together_hash_a_share_each(tmp_path, monkeypatch):
+    cases = [{"image": str(tmp_path / name)} for name in ("mine.png", "theirs.png")]
+    picture(tmp_path / "mine.png")
+    picture(tmp_path / "theirs.png")
+    read = []
+    monkeypatch.setattr("bundle.data.cases.content_key", lambda source: read.append(source) or "mine")
+    monkeypatch.setattr("bundle.data.cases.shard", lambda items: items[::2])
+    monkeypatch.setattr("bundle.data.cases.gather", lambda keys: [keys, {1: "theirs"}])
+    add_keys(cases)
+    assert [case["key"] for case in cases] == ["mine", "theirs"]
+    assert read == [cases[0]["image"]]
 
 
 def test_a_healthy_volume_without_a_slice_to_learn_from_is_skipped_on_request(tmp_path, caplog):

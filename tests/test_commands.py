@@ -17,7 +17,7 @@ import torch
 from commands import EVALUATE, INFER, QUICK, ROOT, TRAIN, command, environment, error_line, run, succeed
 from PIL import Image
 
-from scripts.benchmark_image_score import explained
+from scripts.benchmarks.image_score import explained
 
 METRICS = {
     "pixel_auroc",
@@ -469,7 +469,7 @@ def test_the_benchmark_of_the_image_score_compares_both_scores_on_healthy_images
     given = {name: value for name, value in knobs.items() if name != "checkpoint"}
     words = ["--checkpoint", knobs["checkpoint"], "--data", cohort / "slices", "--knobs", json.dumps(given)]
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.benchmark_image_score", *map(str, words), "--noise", "0.1"],
+        [sys.executable, "-m", "scripts.benchmarks.image_score", *map(str, words), "--noise", "0.1"],
         cwd=ROOT,
         env=environment(),
         capture_output=True,

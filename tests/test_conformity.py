@@ -11,10 +11,10 @@ from builders import PREPROCESSING, small_detector
 from monai.bundle import ConfigParser, ckpt_export, create_workflow, verify_metadata, verify_net_in_out
 
 from bundle import __version__
-from bundle.command_line import check_knobs
-from bundle.data import make_sample_cohort
-from bundle.errors import BundleError
 from bundle.checkpoint import save_checkpoint
+from bundle.command_line import check_knobs
+from bundle.errors import BundleError
+from bundle.samples import make_sample_cohort
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"backbone": "efficientnet_lite0", "image_size": 64, "hidden_channels": 8}

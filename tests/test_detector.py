@@ -9,10 +9,10 @@ from builders import PREPROCESSING, small_detector
 from monai.transforms import NormalizeIntensity, RepeatChannel
 from torch.nn import functional as F
 
+from bundle.checkpoint import load_checkpoint, save_checkpoint
 from bundle.errors import BundleError
 from bundle.networks import AnomalyDetector, FeatureNetwork, SpatialARDensity
 from bundle.networks.density import squared_error
-from bundle.checkpoint import load_checkpoint, save_checkpoint
 
 
 def healthy_batches(count=6):

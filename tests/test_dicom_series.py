@@ -12,7 +12,7 @@ from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.uid import JPEGLSLossless, RLELossless, generate_uid
 
-from bundle.data import find_images, find_splits, readable
+from bundle.data import find_images, find_splits, keep_readable
 from bundle.dicom.mr import SeriesIdentity, mr_series, write_series
 from bundle.dicom.series import group_series, read_headers, read_volume
 from bundle.errors import BundleError
@@ -226,9 +226,9 @@ def test_a_bad_object_is_an_error_or_a_counted_skip(tmp_path, caplog, change, me
         rest.unlink()
     cases = find_images(tmp_path)
     with pytest.raises(BundleError, match=message):
-        readable(cases, LoadCased("image"))
+        keep_readable(cases, LoadCased("image"))
     with caplog.at_level(logging.WARNING):
-        [kept] = readable(cases, LoadCased("image"), "skip")
+        [kept] = keep_readable(cases, LoadCased("image"), "skip")
     assert len(kept["image"]) == 6
     assert "odd.dcm" in caplog.text and "skipped 1 of 2" in caplog.text
     assert "Secret" not in caplog.text
@@ -238,9 +238,9 @@ def test_a_truncated_slice_spoils_its_series(tmp_path, caplog):
     series(tmp_path / "good")
     truncate(series(tmp_path / "bad", patient="p2")[3])
     with pytest.raises(BundleError, match="IM0004.dcm"):
-        readable(find_images(tmp_path), LoadCased("image"))
+        keep_readable(find_images(tmp_path), LoadCased("image"))
     with caplog.at_level(logging.WARNING):
-        kept = readable(find_images(tmp_path), LoadCased("image"), "skip")
+        kept = keep_readable(find_images(tmp_path), LoadCased("image"), "skip")
     # the rest of the series has a gap, the truncated header belongs to no series
     assert [case["name"] for case in kept] == ["good"]
     assert "skipped 2 of 3" in caplog.text
@@ -255,10 +255,10 @@ def test_a_header_damaged_anywhere_is_named_not_a_crash(tmp_path, bytes_left):
     file.rename(tmp_path / "good" / "IM0007")
     file = tmp_path / "good" / "IM0007"
     file.write_bytes(file.read_bytes()[:bytes_left])
-    kept = readable(find_images(tmp_path), LoadCased("image"), "skip")
+    kept = keep_readable(find_images(tmp_path), LoadCased("image"), "skip")
     assert [len(case["image"]) for case in kept] == [6]
     with pytest.raises(BundleError, match="IM0007"):
-        readable(find_images(tmp_path), LoadCased("image"))
+        keep_readable(find_images(tmp_path), LoadCased("image"))
 
 
 def test_an_empty_folder_is_no_series(tmp_path):

@@ -15,13 +15,13 @@ from test_commands import EVALUATE, INFER, ROOT, succeed
 from torch.nn import functional as F
 
 from bundle import exports
+from bundle.checkpoint import save_checkpoint
 from bundle.compute import Compute
-from bundle.data import make_sample_cohort
 from bundle.errors import BundleError
 from bundle.exports import check_parity, export_all, load_exported, resize_by_matrices
 from bundle.networks import FeatureNetwork
 from bundle.networks.weights import BACKBONES
-from bundle.checkpoint import save_checkpoint
+from bundle.samples import make_sample_cohort
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 FORMATS = {"torchscript": "model.ts", "onnx": "model.onnx", "openvino": "model.xml"}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from bundle.checkpoint import load_checkpoint, save_checkpoint
 from bundle.compute import Compute
 from bundle.data.stream import Slice, Study
 from bundle.errors import BundleError
-from bundle.checkpoint import load_checkpoint, save_checkpoint
-from scripts.peers import NearestNeighborPeer, PadimPeer, PatchCorePeer, PeerDetector
+from scripts.benchmarks.peers import NearestNeighborPeer, PadimPeer, PatchCorePeer, PeerDetector
 
 CHANNELS, SIDE, PATCH = 8, 128, 16
 

@@ -15,10 +15,10 @@ from numpy.random import RandomState
 from PIL import Image
 from scipy import ndimage
 
-from bundle.data import cohort
-from bundle.data.cohort import LESION_KINDS, Slab, Subject, make_sample_cohort, make_slab, synthesize
 from bundle.errors import BundleError
-from scripts import make_sample_cohort as script
+from bundle.samples import cohort
+from bundle.samples.cohort import LESION_KINDS, Slab, Subject, make_sample_cohort, make_slab, synthesize
+from scripts.samples import cohort as script
 
 SMALLEST = {"train_subjects": 1, "valid_subjects": 0, "test_subjects": 0, "slices_per_subject": 1}
 

@@ -9,13 +9,13 @@ import pytest
 from pydicom import dcmread
 from pydicom.uid import UID, MRImageStorage
 
-from bundle.data import make_sample_cohort
-from bundle.data.cohort import STEPS
 from bundle.dicom.mr import SeriesIdentity, mr_series, to_stack, write_series
 from bundle.errors import BundleError
 from bundle.provenance import is_synthetic
+from bundle.samples import make_sample_cohort
+from bundle.samples.cohort import STEPS
 from bundle.transforms.loading import load_case
-from scripts.make_sample_dicom import TRANSFER_SYNTAXES, make_sample_dicom, subject_series
+from scripts.samples.dicom import TRANSFER_SYNTAXES, make_sample_dicom, subject_series
 
 RAS_FROM_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 IDENTITY = SeriesIdentity("id", "Family^Given", "1.2.3.1", "1.2.3.2", "1.2.3.3", manufacturer="maker")
@@ -261,6 +261,6 @@ def test_an_earlier_cohort_is_replaced_and_nothing_else_is(cohort, tmp_path):
 
 
 def test_what_is_no_cohort_is_refused(tmp_path):
-    with pytest.raises(BundleError, match="give a folder that python -m scripts.make_sample_cohort made"):
+    with pytest.raises(BundleError, match="give a folder that python -m scripts.samples.cohort made"):
         make_sample_dicom(tmp_path, tmp_path / "dicom")
     assert not (tmp_path / "dicom").exists()

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from bundle.data import EmbeddingStore
 from bundle.data import store as store_module
-from bundle.data.store import content_key
 from bundle.errors import BundleError
+from bundle.files import content_key
 
 RECIPE = {"features": {"backbone": "b", "weights": "w"}, "image_size": 320}
 

@@ -11,6 +11,7 @@ from monai.engines import SupervisedEvaluator
 
 from bundle.compute import Compute
 from bundle.data import EmbeddingDataset, EmbeddingStore, SliceBatches
+from bundle.data.cases import add_keys
 from bundle.data.stream import read_ahead
 from bundle.errors import BundleError
 from bundle.inferers import SliceBatchInferer, detect_slices
@@ -167,6 +168,13 @@ def test_an_interrupted_run_keeps_what_it_embedded(detector, files, tmp_path, mo
     cached(detector, files, tmp_path / "cache", decoded(files, seen))
     assert seen[-1] == "c"
     assert seen.count("a") == 1
+
+
+def test_a_case_that_has_its_key_is_not_hashed_again(detector, files, tmp_path, monkeypatch):
+    add_keys(files)
+    monkeypatch.setattr("bundle.files._file_digest", lambda *state: pytest.fail(f"hashed again: {state}"))
+    dataset = cached(detector, files, tmp_path / "cache", decoded(files, []))
+    assert dataset.keys == [case["key"] for case in files]
 
 
 def test_moments_are_those_of_all_patches(detector, files, tmp_path):

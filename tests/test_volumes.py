@@ -12,7 +12,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from pydicom import dcmread
 
 from bundle.figures import heat
-from scripts.make_sample_dicom import make_sample_dicom
+from scripts.samples.dicom import make_sample_dicom
 
 STORED_AS = {
     # how one volume can lie in a file

@@ -1,7 +1,6 @@
-"""Cases of a data set, their embeddings, and the synthetic sample cohort."""
+"""Cases of a data set, and their embeddings."""
 
-from bundle.data.cases import find_images, find_splits, read_splits, readable
-from bundle.data.cohort import make_sample_cohort
+from bundle.data.cases import find_images, find_splits, keep_readable, read_splits
 from bundle.data.embeddings import EmbeddingDataset
 from bundle.data.store import EmbeddingStore
 from bundle.data.stream import SliceBatches
@@ -12,7 +11,6 @@ __all__ = [
     "SliceBatches",
     "find_images",
     "find_splits",
-    "make_sample_cohort",
+    "keep_readable",
     "read_splits",
-    "readable",
 ]

@@ -1,7 +1,8 @@
 """What to train, validate, test and infer on: from a folder or a datalist to lists of cases.
 
 A case is a dictionary: ``image`` (path, or the files of a DICOM series), ``name`` (unique, used for outputs), for
-labeled sets ``mask`` (path) and ``label`` (1 if anomalous), and ``patient`` where a datalist says so. All files are
+labeled sets ``mask`` (path) and ``label`` (1 if anomalous), ``patient`` where a datalist says so, and ``key`` (hash of
+the image) where there is a feature cache. All files are
 read once before work begins, so that a bad one is named in the first seconds.
 """
 
@@ -19,15 +20,13 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import ignite.distributed as idist
 from tqdm import tqdm
 
-from bundle.data.cohort import make_sample_cohort
-from bundle.data.store import content_key
 from bundle.dicom.series import group_series, patient_of
 from bundle.distributed import gather, shard
 from bundle.errors import BundleError, check_choice, user_error
-from bundle.transforms.loading import FLAT_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, Source, files_of, is_dicom_file
+from bundle.files import FLAT_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, Source, content_key, files_of
+from bundle.transforms.loading import is_dicom_file
 
 Case: TypeAlias = dict[str, Any]
 
@@ -48,35 +47,30 @@ def read_splits(
     dataset_dir: str | os.PathLike,
     transform: Callable[[Case], Any],
     healthy_transform: Callable[[Case], Any] | None = None,
-    cohort_dir: str | os.PathLike | None = None,
     on_error: str = "raise",
     seed: int = 0,
     needed: Sequence[str] = SPLITS,
     store: Container[str] | None = None,
     healthy_images: int | None = None,
 ) -> dict[str, list[Case]]:
-    """The readable cases of each split of a data set, see :func:`find_splits` and :func:`readable`.
+    """The readable cases of each split of a data set, see :func:`find_splits` and :func:`keep_readable`.
 
     Args:
         dataset_dir: see :func:`find_splits`.
         transform: reads a case.
         healthy_transform: reads a case of the training and validation splits and cuts it into slices, so that one
             without any is a bad case; None: ``transform``.
-        cohort_dir: where the synthetic sample cohort belongs; it is made if ``dataset_dir`` lies in there and is
-            missing.
         on_error: ``raise`` or ``skip``.
         seed: see :func:`find_splits`.
         needed: the splits that are read; the others stay empty.
         store: the feature cache; healthy images that it knows by their content were read before, and are not again.
+            Each healthy case then has its ``key``. None: there is no cache, and nothing is hashed.
         healthy_images: how many of the training images are used, drawn by ``seed``; None: all.
 
     Raises:
         BundleError: for bad data, or if a split that alone is needed is empty.
     """
     path = Path(dataset_dir)
-    if cohort_dir is not None and not path.exists() and Path(cohort_dir).resolve() in path.resolve().parents:
-        with idist.one_rank_first():  # of processes that train together one makes it, the others find it
-            make_sample_cohort(cohort_dir)
     splits = find_splits(path, seed, needed)
     if healthy_images is not None:
         if healthy_images < 1:
@@ -85,14 +79,17 @@ def read_splits(
         splits["training"] = sorted(drawn, key=itemgetter("name"))
     if list(needed) == ["test"] and not splits["test"]:
         raise BundleError(f"'{path}' has no test images: put them into test/good and test/Ungood")
-    known = {id(case) for split in ("training", "validation") for case in splits[split] if _is_in(store, case)}
+    healthy = [*splits["training"], *splits["validation"]]
+    if store is not None:
+        add_keys(healthy)
+    known = {id(case) for case in healthy if store is not None and case.get("key") in store}
     tests = {id(case) for case in splits["test"]}
 
     def read(case: Case) -> Any:
         return (transform if healthy_transform is None or id(case) in tests else healthy_transform)(case)
 
     unknown = [case for split in SPLITS for case in splits[split] if id(case) not in known]
-    kept = known | {id(case) for case in readable(unknown, read, on_error)}
+    kept = known | {id(case) for case in keep_readable(unknown, read, on_error)}
     splits = {split: [case for case in cases if id(case) in kept] for split, cases in splits.items()}
     for split in needed:
         if split != "test" and not splits[split]:
@@ -100,10 +97,20 @@ def read_splits(
     return splits
 
 
-def _is_in(store: Container[str] | None, case: Case) -> bool:
-    if store is None or not all(file.exists() for file in files_of(case["image"])):
-        return False
-    return content_key(case["image"]) in store
+def add_keys(cases: list[Case]) -> None:
+    """Give each case whose files are there a ``key``, the hash of its image; those that have one keep it.
+
+    Processes that work together hash a share each and tell each other.
+    """
+    unknown = [case for case in cases if "key" not in case]
+    mine = {
+        index: content_key(unknown[index]["image"])
+        for index in shard(range(len(unknown)))
+        if all(file.exists() for file in files_of(unknown[index]["image"]))
+    }
+    for share in gather(mine):
+        for index, key in share.items():
+            unknown[index]["key"] = key
 
 
 def find_splits(dataset_dir: str | os.PathLike, seed: int = 0, needed: Sequence[str] = SPLITS) -> dict[str, list[Case]]:
@@ -245,7 +252,7 @@ def find_images(dataset_dir: str | os.PathLike) -> list[Case]:
     return _unlabeled(path)
 
 
-def readable(cases: list[Case], transform: Callable[[Case], Any], on_error: str = "raise") -> list[Case]:
+def keep_readable(cases: list[Case], transform: Callable[[Case], Any], on_error: str = "raise") -> list[Case]:
     """The cases that can be read; processes that work together read a share each and tell each other.
 
     Args:
@@ -262,23 +269,23 @@ def readable(cases: list[Case], transform: Callable[[Case], Any], on_error: str 
         try:
             transform(case)
         except Exception as error:
-            found = user_error(error)
-            if found is None:
+            cause = user_error(error)
+            if cause is None:
                 raise
-            return str(found)
+            return str(cause)
         return None
 
-    found: dict[int, str] = {}
+    my_problems: dict[int, str] = {}
     mine = shard(range(len(cases)))
     with ThreadPoolExecutor(max_workers=2) as pool:
         pending = zip(mine, pool.map(problem, [cases[index] for index in mine]), strict=True)
         for index, message in tqdm(pending, desc="reading images", total=len(mine), leave=False):
             if message is not None:
-                found[index] = message
+                my_problems[index] = message
                 if on_error == "raise":
                     pool.shutdown(wait=False, cancel_futures=True)
                     break
-    problems = {index: message for share in gather(found) for index, message in share.items()}
+    problems = {index: message for share in gather(my_problems) for index, message in share.items()}
     for _, message in sorted(problems.items()):
         if on_error == "raise":
             raise BundleError(message)
@@ -298,20 +305,20 @@ def _is_healthy(case: Case) -> bool:
     return not case.get("label", "mask" in case)
 
 
-class _Found(NamedTuple):
-    """An image: what it is read from, and the path that it is named by."""
+class _Image(NamedTuple):
+    """What an image is read from, and the path that it is named by."""
 
     source: Source
     path: Path
 
 
 def _unlabeled(path: Path) -> list[Case]:
-    found = [_Found(str(path), path)] if path.is_file() else list(_images_below(path))
-    if not found:
+    images = [_Image(str(path), path)] if path.is_file() else list(_images_below(path))
+    if not images:
         raise BundleError(f"no image in '{path}': put {', '.join(SUFFIXES)} files there, or give another folder")
     return _named(
-        [{"image": image.source} for image in found],
-        [image.path for image in found],
+        [{"image": image.source} for image in images],
+        [image.path for image in images],
         path if path.is_dir() else path.parent,
     )
 
@@ -320,8 +327,8 @@ def _from_bmad(root: Path) -> dict[str, list[Case]]:
     splits = {}
     for split in SPLITS:
         folder = _subfolder(root, _SPLIT_FOLDERS[split])
-        found = [] if folder is None else [one for label in (0, 1) for one in _bmad_class(folder, label)]
-        splits[split] = _named([case for case, _ in found], [path for _, path in found], root)
+        pairs = [] if folder is None else [pair for label in (0, 1) for pair in _bmad_class(folder, label)]
+        splits[split] = _named([case for case, _ in pairs], [path for _, path in pairs], root)
     return splits
 
 
@@ -387,7 +394,7 @@ def _datalist_case(item: Any, split: str, datalist: Path) -> Case:
     return case
 
 
-def _images_below(folder: Path) -> Iterator[_Found]:
+def _images_below(folder: Path) -> Iterator[_Image]:
     """Images below ``folder`` in order of name; a DICOM series is one image, in whatever folders its files lie."""
     others, dicom = [], []
     for directory, subfolders, names in os.walk(folder):
@@ -397,7 +404,7 @@ def _images_below(folder: Path) -> Iterator[_Found]:
             if is_dicom_file(file):
                 own.append(file)
             elif file.name.lower().endswith(SUFFIXES):
-                others.append(_Found(str(file), file))
+                others.append(_Image(str(file), file))
             elif not file.suffix and file.is_file() and not file.stat().st_size:
                 emptied.append(file)
         # what was emptied beside other DICOM files is named when it is read, not passed over
@@ -405,15 +412,15 @@ def _images_below(folder: Path) -> Iterator[_Found]:
     yield from sorted([*others, *_series_of(dicom)], key=lambda image: image.path)
 
 
-def _series_of(files: list[Path]) -> list[_Found]:
+def _series_of(files: list[Path]) -> list[_Image]:
     """The series of DICOM ``files``, by the name of the folder that is theirs alone, or ``folder/series-NUMBER``."""
     groups = group_series(files)
     folders = [Path(os.path.commonpath([file.parent for file in group.files])) for group in groups]
-    shared = Counter(folders)
+    series_in = Counter(folders)
     return [
-        _Found(str(group.files[0]), group.files[0])
+        _Image(str(group.files[0]), group.files[0])
         if len(group.files) == 1
-        else _Found([str(file) for file in group.files], folder if shared[folder] == 1 else folder / group.name)
+        else _Image([str(file) for file in group.files], folder if series_in[folder] == 1 else folder / group.name)
         for group, folder in zip(groups, folders, strict=True)
     ]
 
@@ -443,8 +450,3 @@ def _below(file: Path, root: Path) -> str:
 def _subfolder(folder: Path, spellings: Iterable[str]) -> Path | None:
     """The subfolder of ``folder`` that has one of the ``spellings``, in any case."""
     return next((sub for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.name.lower() in spellings), None)
-
-
-def is_flat(path: str | os.PathLike) -> bool:
-    """Whether the file is a picture without geometry (PNG, JPEG, BMP, TIFF)."""
-    return str(path).lower().endswith(FLAT_SUFFIXES)

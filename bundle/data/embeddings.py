@@ -14,11 +14,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from bundle.compute import Compute
-from bundle.data.cases import Case
-from bundle.data.store import EmbeddingStore, content_key
+from bundle.data.cases import Case, add_keys
+from bundle.data.store import EmbeddingStore
 from bundle.data.stream import SliceBatches
 from bundle.distributed import gather, shard
 from bundle.errors import BundleError
+from bundle.files import content_key
 from bundle.networks.detector import AnomalyDetector
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ class EmbeddingDataset(Dataset[Tensor]):
         self.data = data
         self.transform = transform
         self.store = store
-        keys = self.keys = [content_key(case["image"]) for case in data]
+        add_keys(data)
+        keys = self.keys = [case.get("key") or content_key(case["image"]) for case in data]  # which names a lost file
         store.use(keys)
         absent = {key: case for key, case in zip(keys, data, strict=True) if key not in store}
         missing = gather(list(absent.items()))[0]  # one view of the store, before any process adds to it

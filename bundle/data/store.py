@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bundle import __version__
 from bundle.errors import BundleError, check_choice
-from bundle.transforms.loading import Source, files_of
+from bundle.files import whole_file, write_json
 
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SHARD_BYTES = 2**24  # what waits in memory and what an interruption loses at most; a file that opens fast
@@ -132,12 +132,10 @@ class EmbeddingStore:
         self._make_folder()
         self._make_room(sum(value.nbytes for value in self._waiting.values()))
         shard = self.folder / f"{_digest(''.join(sorted(self._waiting)).encode())[:32]}.safetensors"
-        partial = shard.with_name(f"{shard.name}.{os.getpid()}.partial")
         try:
-            save_file(self._waiting, partial)
-            os.replace(partial, shard)
+            with whole_file(shard) as partial:
+                save_file(self._waiting, partial)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise BundleError(
                 f"cannot write to the feature cache '{self._directory}' ({error}): free the disk, or move --cache_dir"
             ) from error
@@ -178,9 +176,7 @@ class EmbeddingStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         note = self.folder / "recipe.json"
         if not note.exists():
-            partial = note.with_name(f"{note.name}.{os.getpid()}.partial")
-            partial.write_text(json.dumps(self.recipe, indent=1, sort_keys=True) + "\n")
-            os.replace(partial, note)
+            write_json(note, self.recipe, indent=1, sort_keys=True)
 
     def _index(self, shard: Path) -> None:
         try:
@@ -218,15 +214,6 @@ class EmbeddingStore:
                 f"the embeddings of this run need more than cache_limit_gb {self.limit / GIGABYTE:g} in "
                 f"'{self._directory}': raise it, or lower image_size or the number of layers"
             )
-
-
-def content_key(source: Source) -> str:
-    """SHA-256 (hex) of a file, or of all files of a folder or a DICOM series in order of name."""
-    digest = hashlib.sha256()
-    for part in files_of(source):
-        with part.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _digest(content: bytes) -> str:

@@ -15,7 +15,7 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from pydicom.valuerep import DSfloat
 
 from bundle.errors import BundleError
-from bundle.transforms.slices import PLANES
+from bundle.planes import PLANES
 
 RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
 MAX_COSINE = 1e-4  # between two axes that still count as orthogonal

@@ -256,9 +256,7 @@ def check_stack(hidden_channels: int, dilations: Sequence[int], kernel_size: int
     """
     check_kernel(hidden_channels, kernel_size)
     whole = isinstance(dilations, Sequence) and all(isinstance(one, int) and one >= 1 for one in dilations)
-    check(
-        whole and len(dilations) > 0, "dilations", dilations, "one whole number >= 1 per layer, try [1,1,1,1,1]"
-    )
+    check(whole and len(dilations) > 0, "dilations", dilations, "one whole number >= 1 per layer, try [1,1,1,1,1]")
 
 
 def check_kernel(hidden_channels: int, kernel_size: int) -> None:

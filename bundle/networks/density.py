@@ -112,9 +112,7 @@ class SpatialARDensity(nn.Module):
         networks = [CONTEXTS[mode](inputs, outputs, **context) for _ in range(1 if share_orders else orders)]
         self.contexts = nn.ModuleList(networks)
         self.likelihood = self._likelihood(mode, networks[0], orders, linear_components)
-        self.linear = (
-            LinearContext(in_channels, linear_components, networks[0].taps()) if linear_components else None
-        )
+        self.linear = LinearContext(in_channels, linear_components, networks[0].taps()) if linear_components else None
         self.settings: dict[str, Any] = {
             "mode": mode,
             **{name: _plain(context.get(name, default)) for name, default in CONTEXTS[mode].settings().items()},

@@ -22,7 +22,7 @@ class FeatureNetwork(nn.Module):
     """A frozen backbone and the normalization of its input.
 
     On a CPU few images go through at once, :data:`CPU_PIXELS` together: their activations stay in caches and in memory
-    that is in use already, which is faster than a large batch and needs less (``scripts/benchmark_speed.py``).
+    that is in use already, which is faster than a large batch and needs less (``scripts/benchmarks/speed.py``).
 
     It never trains, stays in evaluation mode, and contributes nothing to a state dict: its weights come from where its
     arguments say, and ``weights_id`` tells what they were. A scripted network does hold all weights. Scriptable by

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -20,20 +20,13 @@ from pydicom.misc import is_dicom
 
 from bundle.dicom.series import group_series, read_headers, read_volume, volume_geometry
 from bundle.errors import BundleError
+from bundle.files import DICOM_SUFFIXES, FLAT_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, Source, files_of
 from bundle.transforms.axes import turn_between, turned
-
-FLAT_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
-DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-SUFFIXES = (*NIFTI_SUFFIXES, *FLAT_SUFFIXES, *DICOM_SUFFIXES)
 
 MIN_SIDE = 16  # pixels; less than one patch of any backbone holds nothing to map
 THICKER = 1.1  # times the other two sides of a voxel: only then they tell along which axis slices were acquired
 
 logger = logging.getLogger(__name__)
-
-Source: TypeAlias = str | os.PathLike | Sequence[str]
-"""A file, a folder with one DICOM series, or the files of one."""
 
 
 def is_dicom_file(file: str | os.PathLike) -> bool:
@@ -42,14 +35,6 @@ def is_dicom_file(file: str | os.PathLike) -> bool:
     if name.lower().endswith(SUFFIXES) or name.upper() == "DICOMDIR":
         return name.lower().endswith(DICOM_SUFFIXES)
     return os.path.isfile(file) and is_dicom(Path(file))
-
-
-def files_of(source: Source) -> list[Path]:
-    """The files of a source, those of a folder in order of name; a file that is missing is among them."""
-    if not isinstance(source, (str, os.PathLike)):
-        return [Path(file) for file in source]
-    path = Path(source)
-    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
 
 
 def check_channel(channel: int | None) -> None:
@@ -102,7 +87,7 @@ class LoadCased(MapTransform):
     side 1.
 
     Args:
-        keys: what to load: see :data:`Source`.
+        keys: what to load: see :data:`bundle.files.Source`.
         channel: the volume of a 4D NIfTI file to take, from 0; None: 4D files are refused. 3D files have one.
         min_slices: of an image; 2 or more where a volume is wanted.
         allow_missing_keys: do not fail where a case has no such key.

@@ -14,18 +14,13 @@ from monai.utils import ensure_tuple
 from torch import Tensor
 
 from bundle.errors import BundleError, check_choice
+from bundle.planes import PLANES
 from bundle.transforms.axes import inverse_of, turn_to, turned
 
 WHOLE = (0.0, 1.0)  # the range of all slices
 MIN_FOREGROUND = 0.05
 
 ACQUIRED = "acquired"
-PLANES = {
-    # directions of rows, columns and slices, as radiologists look at them
-    "axial": "PLS",
-    "coronal": "ILP",
-    "sagittal": "IPL",
-}
 
 # the plane of slices, by the direction along which they are stacked
 _STACKED = {

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bundle.data import make_sample_cohort
-from scripts.make_sample_dicom import make_sample_dicom
-from scripts.orthanc import running
+from bundle.samples import make_sample_cohort
+from scripts.integrations.orthanc import running
+from scripts.samples.dicom import make_sample_dicom
 
 ROOT = Path(__file__).parents[2]
 BACKBONE = "efficientnet_lite0"  # needs no download
@@ -41,7 +41,7 @@ def _run_bundle(run_id, config, check=True, **knobs):
 
 @pytest.fixture(scope="session")
 def run_python():
-    """``run_python("-m", "scripts.orthanc_demo", ...)``: a command that must succeed, unless check=False."""
+    """``run_python("-m", "scripts.x", ...)``: a command that must succeed, unless check=False."""
     return _run_python
 
 

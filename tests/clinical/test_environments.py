@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from bundle.errors import BundleError
-from scripts.environments import environment
+from scripts.integrations.environments import environment
 
 
 @pytest.fixture

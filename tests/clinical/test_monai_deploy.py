@@ -28,10 +28,10 @@ from bundle.dicom.mr import SeriesIdentity, mr_series, write_series
 from bundle.errors import BundleError
 from bundle.inferers import SliceBatchInferer
 from bundle.transforms import OrientSlicesd, ScaleIntensityByModalityd
-from scripts.environments import default_base, environment
-from scripts.monai_deploy.package import APPLICATION, CONFIGS, make_application
-from scripts.monai_deploy.recipe import embedded_configs
-from scripts.monai_deploy.study import StudyDetector
+from scripts.integrations.environments import default_base, environment
+from scripts.integrations.monai_deploy.package import APPLICATION, CONFIGS, make_application
+from scripts.integrations.monai_deploy.recipe import embedded_configs
+from scripts.integrations.monai_deploy.study import StudyDetector
 
 SUBJECT = "sub-0009"
 # a name that highdicom warns of, since it has one part
@@ -97,7 +97,7 @@ def deploy_python():
 def packaged(run_python, trained, tmp_path_factory):
     """A folder with the application and model.ts, away from the checkout."""
     folder = tmp_path_factory.mktemp("packaged")
-    run_python("-m", "scripts.monai_deploy", "--checkpoint", trained / "model.pt", "--output_dir", folder)
+    run_python("-m", "scripts.integrations.monai_deploy", "--checkpoint", trained / "model.pt", "--output_dir", folder)
     return folder
 
 

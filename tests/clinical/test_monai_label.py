@@ -26,7 +26,7 @@ from PIL import Image
 from pydicom import dcmread
 
 from bundle.errors import BundleError
-from scripts.monai_label.__main__ import assemble, check_studies
+from scripts.integrations.monai_label.__main__ import assemble, check_studies
 
 ROOT = Path(__file__).parents[2]
 MODEL = "dinov3_spatial_ar"
@@ -44,7 +44,7 @@ def serving(studies, log, model_knobs, *options, seconds=3000, **more):
     clean = {key: value for key, value in os.environ.items() if not key.startswith("MONAI_LABEL")}
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "scripts.monai_label", *map(str, words)],
+            [sys.executable, "-m", "scripts.integrations.monai_label", *map(str, words)],
             cwd=ROOT,
             env={"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", **clean, "HF_HUB_OFFLINE": "1"},
             stdout=stream,
@@ -431,7 +431,7 @@ def _children(pid):
 
 
 def _words(studies, checkpoint):
-    return ["-m", "scripts.monai_label", "--studies", studies, "--checkpoint", checkpoint, "--port", 0]
+    return ["-m", "scripts.integrations.monai_label", "--studies", studies, "--checkpoint", checkpoint, "--port", 0]
 
 
 def _error(done):

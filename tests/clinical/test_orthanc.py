@@ -24,10 +24,10 @@ from PIL import Image
 from pydicom.uid import JPEGLSLossless
 
 from bundle.errors import BundleError
-from scripts.infer_dicomweb import ANY_SYNTAX, choose_series, connect
-from scripts.make_sample_dicom import make_sample_dicom
-from scripts.orthanc import running
-from scripts.orthanc_demo import fetch_grids, fetch_series, find, rendered
+from scripts.integrations.dicomweb import ANY_SYNTAX, choose_series, connect
+from scripts.integrations.orthanc import running
+from scripts.integrations.orthanc_demo import fetch_grids, fetch_series, find, rendered
+from scripts.samples.dicom import make_sample_dicom
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def study_of(client, patient):
 
 def infer(run_python, server, study, knobs, output, *words, check=True):
     options = [f"--{name}={value}" for name, value in knobs.items()]
-    command = ["-m", "scripts.infer_dicomweb", "--url", server.dicomweb_url, "--study", study]
+    command = ["-m", "scripts.integrations.dicomweb", "--url", server.dicomweb_url, "--study", study]
     return run_python(*command, "--output_dir", output, *options, *words, check=check)
 
 
@@ -79,7 +79,7 @@ def archive(cohort_dicom):
 
 @pytest.fixture(scope="module")
 def examined(archive, model_knobs, run_python, tmp_path_factory):
-    """The study of SUBJECT after ``scripts.infer_dicomweb``."""
+    """The study of SUBJECT after ``scripts.integrations.dicomweb``."""
     client = connect(archive.dicomweb_url)
     study = study_of(client, SUBJECT)
     output, scratch = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("scratch")
@@ -229,7 +229,7 @@ def test_nothing_of_the_patient_is_left_or_said(examined):
 def test_nothing_is_left_of_an_interrupted_examination(ending, archive, model_knobs, tmp_path):
     study = study_of(connect(archive.dicomweb_url), SUBJECT)
     options = [f"--{name}={value}" for name, value in model_knobs.items()]
-    command = [sys.executable, "-m", "scripts.infer_dicomweb", "--url", archive.dicomweb_url, "--study", study]
+    command = [sys.executable, "-m", "scripts.integrations.dicomweb", "--url", archive.dicomweb_url, "--study", study]
     process = subprocess.Popen(
         [*command, "--store", "true", *options],
         cwd=ROOT,
@@ -413,7 +413,7 @@ def test_a_port_in_use_is_one_line(empty_orthanc):
 
 def test_a_missing_orthanc_is_one_line_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("scripts.orthanc.PLACES", (str(tmp_path),))
+    monkeypatch.setattr("scripts.integrations.orthanc.PLACES", (str(tmp_path),))
     with pytest.raises(BundleError, match="no Orthanc on this machine: apt-get install orthanc orthanc-dicomweb"):
         with running():
             pass
@@ -422,7 +422,7 @@ def test_a_missing_orthanc_is_one_line_with_the_remedy(monkeypatch, tmp_path):
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_runs_until_it_is_interrupted(ending):
     process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.orthanc", "--http_port", "0", "--dicom_port", "0"],
+        [sys.executable, "-m", "scripts.integrations.orthanc", "--http_port", "0", "--dicom_port", "0"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -440,7 +440,15 @@ def test_the_demo_goes_the_whole_way(sample_cohort, model_knobs, run_python, tmp
     picture = tmp_path / "overlay.png"
     options = [f"--{name}={value}" for name, value in model_knobs.items()]
     done = run_python(
-        "-m", "scripts.orthanc_demo", "--cohort", sample_cohort, "--subjects", 1, "--picture", picture, *options
+        "-m",
+        "scripts.integrations.orthanc_demo",
+        "--cohort",
+        sample_cohort,
+        "--subjects",
+        1,
+        "--picture",
+        picture,
+        *options,
     )
     for words in ("holds 1 studies", "MR   SYNTHETIC FLAIR", "SEG  Anomaly mask", "12 frames rendered"):
         assert words in done.stdout

@@ -1,0 +1,110 @@
+"""Files: which are images, which belong to one source, what they hold; and writing that leaves no half of a file."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+FLAT_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+SUFFIXES = (*NIFTI_SUFFIXES, *FLAT_SUFFIXES, *DICOM_SUFFIXES)
+
+Source: TypeAlias = str | os.PathLike | Sequence[str]
+"""A file, a folder with one DICOM series, or the files of one."""
+
+
+def is_flat(path: str | os.PathLike) -> bool:
+    """Whether the file is a picture without geometry (PNG, JPEG, BMP, TIFF)."""
+    return str(path).lower().endswith(FLAT_SUFFIXES)
+
+
+def files_of(source: Source) -> list[Path]:
+    """The files of a source, those of a folder in order of name; a file that is missing is among them."""
+    if not isinstance(source, (str, os.PathLike)):
+        return [Path(file) for file in source]
+    path = Path(source)
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+
+
+def content_key(source: Source) -> str:
+    """SHA-256 (hex) of a file, or of all files of a folder or a DICOM series in order of name.
+
+    A process reads a file once for it, and again only if the file has changed.
+    """
+    digest = hashlib.sha256()
+    for part in files_of(source):
+        status = part.stat()
+        digest.update(_file_digest(str(part), status.st_ino, status.st_size, status.st_mtime_ns))
+    return digest.hexdigest()
+
+
+@cache
+def _file_digest(path: str, inode: int, size: int, changed: int) -> bytes:
+    """SHA-256 of the file at ``path``; what follows it tells one state of the file from another."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A path to write to: the file appears at ``path`` at once when the block ends well, or not at all.
+
+    The path ends in ``.partial``, so a writer that goes by the suffix must be told the format.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_files(folder: str | os.PathLike, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """A new folder to write to: files and folders in it appear in ``folder`` when the block ends well, or not at all.
+
+    They move in order of name, each at once.
+
+    Args:
+        folder: where they belong; made if it is missing.
+        stale: names in ``folder`` that belong to the same set, and vanish if they are not written anew.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as workspace:
+        fresh, old = Path(workspace, "new"), Path(workspace, "old")
+        fresh.mkdir()
+        old.mkdir()
+        yield fresh
+        written = {item.name: item for item in sorted(fresh.iterdir())}
+        for name in dict.fromkeys([*stale, *written]):
+            place = target / name
+            if place.exists() and (name not in written or place.is_dir()):  # a file is replaced without a gap
+                os.replace(place, old / name)
+        for name, item in written.items():
+            os.replace(item, target / name)
+
+
+def write_csv(path: str | os.PathLike, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Write rows under a header line, at once or not at all."""
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(path: str | os.PathLike, content: Any, indent: int = 2, sort_keys: bool = False) -> None:
+    """Write JSON, at once or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=indent, sort_keys=sort_keys) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The bundle inside other systems: DICOMweb and Orthanc, MONAI Label, MONAI Deploy."""

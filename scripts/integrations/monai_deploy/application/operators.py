@@ -1,0 +1,241 @@
+"""The steps of the application that the App SDK does not have, or does with a geometry that is not checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.deploy.core import AppContext, Image, Operator, OperatorSpec
+from monai.deploy.core.domain.dicom_series import DICOMSeries
+from monai.deploy.core.domain.dicom_series_selection import StudySelectedSeries
+from monai.deploy.core.domain.dicom_study import DICOMStudy
+from monai.deploy.operators import DICOMDataLoaderOperator, DICOMSeriesSelectorOperator, DICOMSeriesToVolumeOperator
+from pydicom import Dataset
+from pydicom.misc import is_dicom
+
+from bundle import __version__
+from bundle.dicom.objects import Algorithm, Findings, write_objects
+from bundle.dicom.series import NoImageError, group_series, read_headers, read_volume
+from bundle.errors import BundleError
+from bundle.figures import blend
+
+STUDIES = "dicom_study_list"
+SELECTED = "study_selected_series_list"
+IMAGE = "image"
+FOUND = ("mask", "map", "slice_scores", "slice_counts", "score", "shown")  # what model.ts gives, see its metadata.json
+STEM = "anomaly"  # of the names of all results
+OURS = "dinov3_spatial_ar"
+
+logger = logging.getLogger(OURS)
+
+
+class StudyLoader(DICOMDataLoaderOperator):
+    """Headers of a folder of DICOM files, by study and series.
+
+    The SDK's own loader keeps one of several slices at a position and reads all pixels. Here nothing is dropped, since
+    the check of the geometry must see it, and pixels are read of the selected series alone. Localizers come apart from
+    the slices that they share a series with. Files that are no images to examine are passed over and counted.
+    """
+
+    def load_data_to_studies(self, input_path: Path) -> list[DICOMStudy]:
+        """The studies in ``input_path``, at any depth.
+
+        Raises:
+            BundleError: if there is no image, or a DICOM file cannot be read: it may be a slice.
+        """
+        files = sorted(file for file in Path(input_path).rglob("*") if file.is_file())
+        groups = [series.files for series in group_series(filter(_is_dicom, files))]
+        studies: dict[str, DICOMStudy] = {}
+        kept = 0
+        for index, group in enumerate(groups):
+            try:
+                header = read_headers(group[:1])[0]
+            except NoImageError as error:
+                logger.debug("passed over: %s", error)
+                continue
+            study = studies.setdefault(header.StudyInstanceUID, DICOMStudy(header.StudyInstanceUID))
+            study.add_series(_series(f"{index}", header, group))
+            kept += len(group)
+        if not studies:
+            raise BundleError(f"'{input_path}' holds no DICOM image: give the folder of a study with --input")
+        if kept < len(files):
+            logger.info("%d of %d files are no images to examine: passed over", len(files) - kept, len(files))
+        return list(studies.values())
+
+
+def _series(key: str, header: Dataset, files: list[Path]) -> DICOMSeries:
+    """A series of the SDK, whose rules look into ``header`` for all attributes but these.
+
+    Args:
+        key: tells it from a series of the same UID in its study: a localizer, or another multi-frame image.
+        header: of the first file.
+        files: all of it; a multi-frame image counts as many images as it has frames.
+    """
+    series = DICOMSeries(key)
+    series.SeriesInstanceUID = header.SeriesInstanceUID
+    series.PatientPosition = header.get("PatientPosition")
+    for file in files * int(header.get("NumberOfFrames") or 1):
+        instance = Dataset() if file != files[0] else header
+        instance.filename = str(file)
+        series.add_sop_instance(instance)
+    return series
+
+
+class SeriesSelector(DICOMSeriesSelectorOperator):
+    """The one series that the rules of ``app.yaml`` choose."""
+
+    def filter(
+        self,
+        selection_rules: dict[str, Any],
+        dicom_study_list: list[DICOMStudy],
+        all_matched: bool = True,
+        sort_by_sop_instance_count: bool = True,
+    ) -> list[StudySelectedSeries]:
+        """Apply the rules to all series.
+
+        Raises:
+            BundleError: if no series matches, those of more than one study do, or a rule is not understood.
+        """
+        try:
+            found = super().filter(selection_rules, dicom_study_list, True, True)
+        except Exception as error:
+            raise BundleError(
+                f"the selections of app.yaml are not understood ({error}): see the examples in that file"
+            ) from error
+        total = sum(len(study.get_all_series()) for study in dicom_study_list)
+        names = [str(rule.get("name", "")) for rule in selection_rules["selections"]]
+        if not found:
+            raise BundleError(
+                f"none of {total} series matches the selections of app.yaml ({', '.join(names)}): give another study, "
+                "or change them"
+            )
+        if len(found) > 1:
+            raise BundleError(f"series of {len(found)} studies match the selections of app.yaml: give one study")
+        chosen = found[0].selected_series[0]
+        logger.info("selection '%s': 1 series of %d, %d passed over", chosen.selection_name, total, total - 1)
+        only = StudySelectedSeries(found[0].study)
+        only.add_selected_series(chosen)
+        return [only]
+
+
+class VolumeReader(DICOMSeriesToVolumeOperator):
+    """The selected series as a volume, of which position and order of every slice have been checked."""
+
+    def convert_to_image(self, study_selected_series_list: list[StudySelectedSeries]) -> Image:
+        """The volume [C, x, y, slices] with an affine to RAS.
+
+        Raises:
+            BundleError: if the series is no volume, or has no position.
+        """
+        selected = study_selected_series_list[0].selected_series[0]
+        volume = read_volume(files_of(selected.series))
+        if volume.pixels.shape[-1] < 2:
+            raise BundleError(
+                "the selected series has one slice: a volume is needed, change the selections of app.yaml"
+            )
+        selected.image = Image(
+            volume.pixels,
+            {
+                "affine": volume.affine,
+                "original_affine": volume.affine,
+                "original_channel_dim": 0,
+                "Modality": volume.modality,
+            },
+        )
+        return selected.image
+
+
+class ResultWriter(Operator):
+    """Writes what was found as DICOM objects: all of them, or, where something fails, none.
+
+    Args:
+        context: with the model and the folder of the results.
+        worst_slices: how many the report names.
+    """
+
+    def __init__(self, fragment: Any, *args: Any, context: AppContext, worst_slices: int = 3, **kwargs: Any) -> None:
+        self.context = context
+        self.worst_slices = worst_slices
+        super().__init__(fragment, *args, **kwargs)
+
+    def setup(self, spec: OperatorSpec) -> None:
+        """Inputs: the series, and all that ``model.ts`` gives of it."""
+        for name in (SELECTED, *FOUND):
+            spec.input(name)
+
+    def compute(self, op_input: Any, op_output: Any, context: Any) -> None:
+        """Write the objects."""
+        series = op_input.receive(SELECTED)[0].selected_series[0].series
+        model = self.context.models.get()
+        findings = as_findings({name: op_input.receive(name) for name in FOUND}, model.predictor, self.worst_slices)
+        output = Path(self.context.output_path)
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as folder:
+            write_objects(Path(folder) / STEM, files_of(series), findings, algorithm_of(model))
+            for item in sorted(Path(folder).iterdir()):
+                target = output / item.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(item, target)
+        logger.info("score %.2f, image threshold %.2f", findings.score, findings.image_threshold)
+
+
+def as_findings(found: dict[str, Any], study_detector: Any, worst_slices: int) -> Findings:
+    """What ``model.ts`` gave, in the order of the series.
+
+    Args:
+        found: by names in :data:`FOUND`, on the axes [x, y, slices].
+        study_detector: the scripted :class:`~scripts.integrations.monai_deploy.study.StudyDetector`, for the
+            thresholds.
+        worst_slices: how many the report names.
+
+    Raises:
+        BundleError: if the map is not finite.
+    """
+    threshold = float(study_detector.detector.threshold)
+    anomaly_map = found["map"][0].T
+    if not np.isfinite(anomaly_map).all():
+        raise BundleError("the anomaly map is not finite: make model.ts anew, from another checkpoint")
+    images = found["shown"].T  # [slices, rows, columns, C]
+    pictures = [
+        blend(image.squeeze(-1) if image.shape[-1] == 1 else image, values, threshold)
+        for image, values in zip(images, anomaly_map, strict=True)
+    ]
+    scores, counts = found["slice_scores"][0].T, found["slice_counts"][0].T
+    order: list[int] = []
+    if len(scores) == scores.size:  # the network saw the slices of the series, not those of another plane
+        order = [int(index) for index in np.argsort(-scores.ravel(), kind="stable") if counts.ravel()[index]]
+    return Findings(
+        anomaly_map,
+        np.stack(pictures),
+        threshold,
+        float(found["score"]),
+        float(study_detector.detector.image_threshold),
+        scores.ravel().tolist() if order else (),
+        order[:worst_slices],
+    )
+
+
+def algorithm_of(model: Any) -> Algorithm:
+    """What a model of the SDK says of itself."""
+    identity = json.loads(bytes(model.predictor.detector.identity.tolist()))
+    with open(model.path, "rb") as stream:
+        return Algorithm(__version__, str(identity["weights"]), hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def files_of(series: DICOMSeries) -> list[Path]:
+    """The files of a series that :class:`StudyLoader` made."""
+    names = (instance.get_native_sop_instance().filename for instance in series.get_sop_instances())
+    return [Path(name) for name in dict.fromkeys(names)]
+
+
+def _is_dicom(file: Path) -> bool:
+    """By its suffix, since a damaged file is no DICOM by its content, or by its content."""
+    return file.name.upper() != "DICOMDIR" and (file.suffix.lower() == ".dcm" or is_dicom(file))

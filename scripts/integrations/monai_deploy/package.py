@@ -1,0 +1,121 @@
+"""An application on MONAI Deploy from a checkpoint: a folder that runs where this bundle is not installed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+
+from bundle.checkpoint import load_checkpoint
+from bundle.errors import BundleError
+from bundle.exports import export_torchscript
+from bundle.networks import AnomalyDetector
+from scripts.integrations.monai_deploy.recipe import embedded_configs
+from scripts.integrations.monai_deploy.study import StudyDetector
+
+ROOT = Path(__file__).parents[3]
+APPLICATION = Path(__file__).with_name("application")
+CONFIGS = ROOT / "configs"
+# of this bundle, what reads and writes DICOM and paints overlays; networks and transforms are in model.ts
+MODULES = ("__init__.py", "errors.py", "figures.py", "dicom/__init__.py", "dicom/series.py", "dicom/objects.py")
+
+
+def make_application(
+    checkpoint: str | os.PathLike, output_dir: str | os.PathLike, weights: str | None = None, batch_size: int = 8
+) -> Path:
+    """Write ``application/`` and ``model.ts`` to ``output_dir``, in place of what an earlier call left there.
+
+    All knobs of backbone, density and preprocessing are those of the checkpoint.
+
+    Args:
+        checkpoint: ``model.pt`` of a training.
+        output_dir: is made if it is missing.
+        weights: of the backbone, as the knob of that name.
+        batch_size: slices in one forward pass.
+
+    Returns:
+        The folder of the application, ready for ``python APPLICATION -i STUDY -o RESULTS -m model.ts``.
+
+    Raises:
+        BundleError: if there is no such checkpoint, or the weights are others.
+    """
+    knobs = trained_knobs(checkpoint) | {"weights": weights, "batch_size": batch_size, "device": "cpu"}
+    parser = ConfigParser(ConfigParser.load_config_file(str(CONFIGS / "inference.json")) | knobs)
+    detector: AnomalyDetector = parser.get_parsed_content("network_def")
+    load_checkpoint(detector, checkpoint)
+    configs = embedded_configs(
+        [CONFIGS / "inference.json", CONFIGS / "monai_deploy.json"], CONFIGS / "metadata.json", knobs
+    )
+    target = Path(output_dir)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as folder:
+        write_model(detector, Path(folder) / "model.ts", knobs, configs)
+        copy_application(Path(folder) / "application")
+        application = target / "application"
+        shutil.rmtree(application, ignore_errors=True)
+        os.replace(Path(folder) / "model.ts", target / "model.ts")
+        os.replace(Path(folder) / "application", application)
+    return application
+
+
+def trained_knobs(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """The knobs of ``configs/inference.json`` that a checkpoint's identity tells.
+
+    Raises:
+        BundleError: if there is no checkpoint.
+    """
+    if not Path(checkpoint).is_file():
+        raise BundleError(f"no checkpoint at '{checkpoint}': train first, or give --checkpoint")
+    try:
+        identity = json.loads(bytes(torch.load(checkpoint, weights_only=True)["identity"].tolist()))
+    except Exception as error:
+        raise BundleError(f"'{checkpoint}' is no checkpoint of this bundle: give the model.pt of a training") from error
+    known = ConfigParser.load_config_file(str(CONFIGS / "inference.json"))
+    # the identity has the hash of the weights, the knob is where they are
+    return {key: value for key, value in identity.items() if key in known and key != "weights"}
+
+
+def write_model(
+    detector: AnomalyDetector, path: Path, knobs: dict[str, Any], configs: dict[str, dict[str, Any]]
+) -> None:
+    """Write ``model.ts``: a :class:`~scripts.integrations.monai_deploy.study.StudyDetector` and ``configs``."""
+    study = StudyDetector(detector, knobs["slice_range"], knobs["min_foreground"], knobs["batch_size"])
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name}.json" for name in configs}
+        for name, file in files.items():
+            file.write_text(json.dumps(configs[name]))
+        export_torchscript(study, path, [files["inference"]], files["metadata"])
+
+
+def copy_application(target: Path) -> None:
+    """Copy the application, and of this bundle the modules that it needs, to the new folder ``target``."""
+    shutil.copytree(APPLICATION, target, ignore=shutil.ignore_patterns("__pycache__"))
+    for module in MODULES:
+        copied = target / "bundle" / module
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / "bundle" / module, copied)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.integrations.monai_deploy", description=__doc__)
+    parser.add_argument("--checkpoint", default="output/model.pt", help="of a training (default: %(default)s)")
+    parser.add_argument("--output_dir", default="output/monai_deploy", help="is written there (default: %(default)s)")
+    parser.add_argument("--weights", help="of the backbone, as for training; default: where inference finds them")
+    parser.add_argument("--batch_size", type=int, default=8, help="slices in one forward pass (default: %(default)s)")
+    chosen = parser.parse_args(arguments)
+    try:
+        application = make_application(chosen.checkpoint, chosen.output_dir, chosen.weights, chosen.batch_size)
+    except BundleError as error:
+        parser.exit(1, f"error: {error}\n")
+    print(f"run it in an environment of {application / 'requirements.txt'}:")
+    print(f"python {application} -i STUDY -o RESULTS -m {application.with_name('model.ts')}")
+    return 0

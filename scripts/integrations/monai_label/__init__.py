@@ -1,0 +1,1 @@
+"""MONAI Label on this bundle: ``python -m scripts.integrations.monai_label``."""

@@ -1,1 +1,0 @@
-"""The bundle as an application on MONAI Deploy: ``python -m scripts.monai_deploy --help`` makes it."""

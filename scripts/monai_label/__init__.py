@@ -1,1 +1,0 @@
-"""MONAI Label on this bundle: ``python -m scripts.monai_label``."""

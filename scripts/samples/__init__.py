@@ -1,0 +1,1 @@
+"""Synthetic data: the sample cohort, and the same cohort as DICOM."""
