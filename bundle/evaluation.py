@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 
 from bundle.data.cases import Case
 from bundle.distributed import gather
+from bundle.errors import BundleError
 from bundle.figures import curves, gallery, picture
 from bundle.files import write_csv, write_json
 from bundle.metrics import METRIC_NAMES, AnomalyMetric
@@ -38,6 +39,8 @@ class EvaluationReport:
         dataset_dir: for the words about the data.
         protocol: how the numbers were made: size, mask rule, ... (plain JSON values).
         tracker: logs numbers and figures.
+        false_positive_rate, image_false_positive_rate: what the thresholds of ``detector`` must have been chosen for,
+            see :func:`check_rates`; None: whatever it was.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class EvaluationReport:
         dataset_dir: str | os.PathLike,
         protocol: dict[str, Any],
         tracker: Tracker,
+        false_positive_rate: float | None = None,
+        image_false_positive_rate: float | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.metric = metric
@@ -56,6 +61,7 @@ class EvaluationReport:
         self.protocol = protocol
         self.data_words = data_words(dataset_dir)
         self.tracker = tracker
+        self.rates = (false_positive_rate, image_false_positive_rate)
         names: dict[int, list[str]] = {label: [] for label in EXAMPLES}
         for case in data:
             names[case.get("label", int("mask" in case))].append(case["name"])
@@ -65,6 +71,7 @@ class EvaluationReport:
 
     def attach(self, engine: Engine) -> None:
         """Register with the evaluation engine."""
+        engine.add_event_handler(Events.STARTED, lambda: check_rates(self.detector, *self.rates))
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.note)
         engine.add_event_handler(Events.COMPLETED, self.write)
 
@@ -135,6 +142,28 @@ class EvaluationReport:
         images = f"{report['images']['healthy']} healthy and {report['images']['anomalous']} anomalous test images"
         lies = f"metrics.json, metrics.csv, test_scores.csv and figures are in {self.output_dir.resolve()}"
         return "\n".join([rule, report["model"], report["data"], images, rule, *numbers, rule, protocol, lies, rule])
+
+
+def check_rates(
+    detector: Detector, false_positive_rate: float | None = None, image_false_positive_rate: float | None = None
+) -> None:
+    """Refuse to score with thresholds that were chosen for other rates: only training can choose them anew.
+
+    Args:
+        detector: with the thresholds of its checkpoint, and the rates that they were chosen for.
+        false_positive_rate: wanted share of healthy patches above ``threshold``; None: that of the checkpoint.
+        image_false_positive_rate: wanted share of healthy images above ``image_threshold``; None: the same.
+
+    Raises:
+        BundleError: if a rate is not that of the checkpoint.
+    """
+    wanted = {"false_positive_rate": false_positive_rate, "image_false_positive_rate": image_false_positive_rate}
+    for name, rate in wanted.items():
+        own = float(getattr(detector, name))
+        if rate is not None and rate != own:
+            raise BundleError(
+                f"{name} is {rate}, but the checkpoint was trained with {own}: train with it, or leave it off"
+            )
 
 
 def results(output: list[dict[str, Any]]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:

@@ -27,8 +27,9 @@ class SliceBatchInferer(Inferer):
 
     Args:
         batch_size: slices in one forward pass.
-        detailed: return a dictionary with ``map`` as below, ``slice_scores`` and ``slice_counts`` [B, slices],
-            ``worst_slice`` [B], the most anomalous one that counts, and its ``score`` [B], instead of the map alone.
+        detailed: return a dictionary with ``map`` as below, ``patch_map`` [B, 1, h, w, slices], ``slice_scores`` and
+            ``slice_counts`` [B, slices], ``worst_slice`` [B], the most anomalous one that counts, and its ``score``
+            [B], instead of the map alone.
         slice_range, min_foreground: which slices count, as in training, see
             :class:`~bundle.transforms.SliceChoice`; where none does, all count.
         raw: squared errors instead of deviations above healthy patches.
@@ -89,14 +90,15 @@ class SliceBatchInferer(Inferer):
             slice_scores: [slices].
 
         Returns:
-            ``map`` [1, H, W, slices], ``slice_scores`` [slices], ``slice_counts`` [slices] (whether they do, for the
-            score of the study), ``worst_slice`` and ``score``.
+            ``map`` [1, H, W, slices], ``patch_map`` [1, h, w, slices], ``slice_scores`` [slices], ``slice_counts``
+            [slices] (whether they do, for the score of the study), ``worst_slice`` and ``score``.
         """
         maps = F.interpolate(patch_maps[:, None], stack.shape[1:3], mode="bilinear", align_corners=False)
         counting = self.choose(stack) or range(stack.shape[-1])
         worst = max(counting, key=slice_scores.tolist().__getitem__)
         return {
             "map": maps.movedim(0, -1),
+            "patch_map": patch_maps.movedim(0, -1)[None],
             "slice_scores": slice_scores,
             "slice_counts": torch.tensor([index in counting for index in range(len(slice_scores))]),
             "worst_slice": torch.tensor(worst, device=slice_scores.device),

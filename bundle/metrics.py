@@ -122,7 +122,7 @@ class AnomalyMetrics:
 
     def __init__(self, threshold: float, fpr_limit: float = 0.3) -> None:
         if not 0 < fpr_limit <= 1:
-            raise BundleError(f"fpr_limit is {fpr_limit}: choose a false positive rate in (0, 1], usually 0.3")
+            raise BundleError(f"aupro_fpr_limit is {fpr_limit}: choose a false positive rate in (0, 1], usually 0.3")
         self.threshold = float(threshold)
         self.fpr_limit = float(fpr_limit)
         self.histogram = ScoreHistogram()

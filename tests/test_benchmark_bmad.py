@@ -5,6 +5,7 @@ Needs the extra dependency anomalib.
 
 import json
 import os
+import shutil
 from pathlib import Path
 from threading import Barrier
 
@@ -18,6 +19,7 @@ from bundle.errors import BundleError
 from bundle.networks.weights import BACKBONES
 from scripts.benchmarks.bmad import (
     benchmark,
+    describe_set,
     family_of,
     find_sets,
     load_config,
@@ -29,7 +31,7 @@ from scripts.benchmarks.bmad import (
     set_folders,
 )
 from scripts.benchmarks.cells import last_words, measured
-from scripts.benchmarks.report import REFERENCE, label_points, summarize, write_report
+from scripts.benchmarks.report import REFERENCE, differs_from_bmad, label_points, summarize, write_report
 
 ROOT = Path(__file__).parents[1]
 CONFIG = load_config(ROOT / "configs/benchmark.json")
@@ -178,6 +180,22 @@ def test_any_data_set_in_the_layout_is_taken_by_the_name_of_its_folder(tmp_path)
     assert find_sets([folder], CONFIG, None) == {"my hospital": folder}
     found = read_set("my hospital", folder)
     assert found.counts == {"training": 6, "validation": 2, "test": 4}
+
+
+def test_anomalous_validation_images_are_not_counted_as_used(tmp_path):
+    folder = tiny_set(tmp_path / "set")
+    shutil.copytree(folder / "test/Ungood", folder / "valid/Ungood")
+    found = read_set("set", folder)
+    assert found.counts == {"training": 6, "validation": 2, "test": 4}
+    assert found.listed == {"training": 6, "validation": 4, "test": 4}
+
+
+def test_a_set_is_bmads_if_all_its_images_are_there_anomalous_validation_images_too(tmp_path):
+    folder = tiny_set(tmp_path / "Liver")
+    config = {"sets": {"Liver": {"images": {"training": 6, "validation": 4, "test": 4}}}}
+    assert differs_from_bmad(describe_set(read_set("Liver", folder), config))
+    shutil.copytree(folder / "test/Ungood", folder / "valid/Ungood")
+    assert not differs_from_bmad(describe_set(read_set("Liver", folder), config))
 
 
 def test_without_bmad_the_download_is_said_in_one_line(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ def test_a_volume_equals_its_slices_one_by_one(detector):
     for index in range(5):
         expected = detector.detect(volume[..., index])
         torch.testing.assert_close(found["map"][..., index], expected.anomaly_map, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found["patch_map"][:, 0, ..., index], expected.patch_map, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found["slice_scores"][:, index], expected.image_score, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found["score"], found["slice_scores"].amax(dim=1))
     assert torch.equal(found["worst_slice"], found["slice_scores"].argmax(dim=1))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from pathlib import Path
 
 import ignite.distributed as idist
 import ignite.metrics
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.engines import SupervisedEvaluator
 from scipy import ndimage
 from sklearn import metrics as sk
@@ -17,6 +19,7 @@ from sklearn import metrics as sk
 from bundle.errors import BundleError
 from bundle.metrics import MAX_BINS, MAX_STATE_BYTES, METRIC_NAMES, AnomalyMetric, AnomalyMetrics
 
+ROOT = Path(__file__).parents[1]
 PROMISE = 1e-4
 PIXELS = 2_000_000  # more different values than the histogram has bins
 
@@ -282,8 +285,17 @@ def test_a_batch_with_too_few_scores_is_refused():
 
 @pytest.mark.parametrize("limit", [0.0, 1.5])
 def test_an_fpr_limit_out_of_range_is_refused(limit):
-    with pytest.raises(BundleError, match="fpr_limit"):
-        AnomalyMetrics(0.0, limit)
+    with pytest.raises(BundleError, match="aupro_fpr_limit is .*: choose a false positive rate"):
+        AnomalyMetric(0.0, limit)
+
+
+def test_the_aupro_fpr_limit_of_the_config_is_that_of_the_metric_and_of_its_protocol():
+    config = ConfigParser(ConfigParser.load_config_files(str(ROOT / "configs/train.json")))
+    config["aupro_fpr_limit"] = 0.1
+    config["test::metric::threshold"] = 0.2
+    report = next(index for index, one in enumerate(config["test::handlers"]) if "protocol" in one)
+    assert config.get_parsed_content("test::metric").local.fpr_limit == 0.1
+    assert config.get_parsed_content(f"test::handlers::{report}::protocol")["aupro_fpr_limit"] == 0.1
 
 
 @pytest.mark.parametrize("threshold", [float("nan"), float("inf")])

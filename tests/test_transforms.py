@@ -1,5 +1,7 @@
 """Reading, intensities, orientation and slices: geometry and units survive, bad input is named."""
 
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 from monai.transforms import Compose, Invertd
 from PIL import Image
 from pydicom.data import get_testdata_file
+from safetensors.torch import load_file
 
 from bundle.errors import BundleError
 from bundle.transforms import (
@@ -18,7 +21,10 @@ from bundle.transforms import (
     ScaleForegroundPercentiles,
     ScaleHounsfieldWindow,
     ScaleIntensityByModalityd,
+    ToEvaluationGridd,
 )
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
 
 AFFINES = {
     "RAS": np.diag([1.0, 2.0, 3.0, 1.0]),
@@ -288,6 +294,64 @@ def test_a_healthy_image_without_mask_has_an_empty_one_and_an_anomalous_one_has_
     image = torch.ones(1, 2, 3)
     assert ReadMaskd()({"image": image, "label": 0, "name": "a"})["mask"].sum() == 0
     assert "mask" not in ReadMaskd()({"image": image, "label": 1, "name": "a"})
+
+
+@pytest.mark.parametrize("rule", [">0", "==255"])
+@pytest.mark.parametrize("name", ["brain", "liver", "retina"])
+def test_masks_at_240_by_448_pixels_equal_the_authors(tmp_path, name, rule):
+    golden = np.load(GOLDEN / "paper240_masks.npz", allow_pickle=False)
+    Image.fromarray(golden[name]).save(tmp_path / "mask.png")
+    read = Compose([LoadCased("mask"), OrientSlicesd("mask"), ReadMaskd(rule), ToEvaluationGridd(240, 448)])
+    case = read({"mask": tmp_path / "mask.png", "pred_patch_map": torch.rand(1, 28, 28, 1)})
+    expected = golden[f"{name}_240"] > 0 if rule == ">0" else golden[f"{name}_240"] == 255
+    np.testing.assert_array_equal(case["metric_mask"].numpy()[0, ..., 0], expected)
+
+
+def test_maps_at_240_pixels_equal_the_authors():
+    golden = load_file(GOLDEN / "paper_causal_dil4.safetensors")
+    patch_maps = golden["patch_map"].movedim(0, -1)[None]  # of two images, as slices
+    metric_map = ToEvaluationGridd(240, 448)({"pred_patch_map": patch_maps})["metric_map"]
+    torch.testing.assert_close(metric_map[0].movedim(-1, 0), golden["image_map_240"][:, 0], atol=1e-6, rtol=0)
+
+
+def test_every_slice_of_a_volume_is_brought_to_the_evaluation_size_alone():
+    mask, patch_map = (torch.rand(1, 30, 50, 3) > 0.5).float(), torch.rand(1, 4, 6, 3)
+    to_grid = ToEvaluationGridd(20, 40)
+    whole = to_grid({"mask": mask, "pred_patch_map": patch_map})
+    for index in range(3):
+        alone = to_grid({"mask": mask[..., [index]], "pred_patch_map": patch_map[..., [index]]})
+        for key in ("metric_mask", "metric_map"):
+            torch.testing.assert_close(whole[key][..., [index]], alone[key], rtol=0, atol=0)
+
+
+def test_without_a_detour_a_mask_takes_the_pixel_whose_center_is_nearest():
+    mask = torch.tensor([0.0, 1.0, 0.0]).repeat_interleave(3).expand(1, 9, 9)[..., None]
+    found = ToEvaluationGridd(3)({"mask": mask, "pred_patch_map": torch.rand(1, 2, 2, 1)})["metric_mask"]
+    assert found[0, ..., 0].tolist() == [[0, 1, 0]] * 3
+
+
+def test_without_an_evaluation_size_map_and_mask_are_compared_as_they_are():
+    case = {
+        "pred_map": torch.rand(1, 5, 7, 2),
+        "pred_patch_map": torch.rand(1, 2, 2, 2),
+        "mask": torch.ones(1, 5, 7, 2),
+    }
+    found = ToEvaluationGridd(None, 448)(case)
+    assert found["metric_map"] is case["pred_map"] and found["metric_mask"] is case["mask"]
+
+
+@pytest.mark.parametrize("size", [None, 20])
+def test_without_a_mask_there_is_none_on_the_evaluation_grid(size):
+    case = {"pred_map": torch.rand(1, 5, 7, 1), "pred_patch_map": torch.rand(1, 2, 2, 1)}
+    assert "metric_mask" not in ToEvaluationGridd(size)(case)
+
+
+@pytest.mark.parametrize("side", [0, -1, 240.0, "240", True, [240, 240]])
+def test_an_evaluation_size_that_is_no_number_of_pixels_is_refused(side):
+    with pytest.raises(BundleError, match="evaluation_size is .*: give a whole number of pixels"):
+        ToEvaluationGridd(side)
+    with pytest.raises(BundleError, match="mask_via is .*: give a whole number of pixels"):
+        ToEvaluationGridd(240, side)
 
 
 ANGLES = [(np.pi / 4, 0, 0), (0, np.pi / 4, 0), (0, 0, np.pi / 4), (np.pi / 4, np.pi / 4, 0), (0.3, -1.2, 2.0)]

@@ -1,5 +1,6 @@
-"""MONAI transforms: reading a case, intensities to [0, 1], and slices from volumes."""
+"""MONAI transforms: reading a case, intensities to [0, 1], slices from volumes, and the grid of an evaluation."""
 
+from bundle.transforms.grids import ToEvaluationGridd
 from bundle.transforms.intensity import (
     HOUNSFIELD_WINDOWS,
     ScaleForegroundPercentiles,
@@ -20,4 +21,5 @@ __all__ = [
     "ScaleForegroundPercentiles",
     "ScaleHounsfieldWindow",
     "ScaleIntensityByModalityd",
+    "ToEvaluationGridd",
 ]

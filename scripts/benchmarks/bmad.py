@@ -57,7 +57,8 @@ class DataSet:
         name: that of BMAD's set, or of the folder.
         folder: holds ``train``, ``valid`` and ``test``.
         splits: see :func:`bundle.data.cases.find_splits`.
-        counts: images in each split, anomalous ones too.
+        counts: images that each split uses; anomalous validation images are not used.
+        listed: images that are there, anomalous validation images too, as BMAD counts its sets.
         fingerprint: of images and masks.
     """
 
@@ -65,6 +66,7 @@ class DataSet:
     folder: Path
     splits: dict[str, list[Case]]
     counts: dict[str, int]
+    listed: dict[str, int]
     fingerprint: str
 
 
@@ -133,10 +135,9 @@ def read_set(name: str, folder: Path) -> DataSet:
     splits = find_splits(folder)
     if not splits["test"]:
         raise BundleError(f"'{folder}' has no test images: put them into test/good and test/Ungood")
-    with_anomalous = find_splits(folder, needed=("validation", "test"))["validation"]
     counts = {split: len(splits[split]) for split in SPLITS}
-    counts["validation"] = len(with_anomalous) or counts["validation"]
-    return DataSet(name, folder, splits, counts, data_fingerprint(chain.from_iterable(splits.values())))
+    listed = {**counts, "validation": len(find_splits(folder, needed=("validation",))["validation"])}
+    return DataSet(name, folder, splits, counts, listed, data_fingerprint(chain.from_iterable(splits.values())))
 
 
 def make_recipe(config: dict[str, Any], method: str, data_set: DataSet, seed: int, given: dict[str, Any]) -> Any:
@@ -338,6 +339,7 @@ def describe_set(data_set: DataSet, config: dict[str, Any]) -> dict[str, Any]:
         "data": data_words(data_set.folder),
         "synthetic": is_synthetic(data_set.folder),
         "images": data_set.counts,
+        "listed": data_set.listed,
         "expected": known.get("images"),
         "fingerprint": data_set.fingerprint,
         "cells": {},

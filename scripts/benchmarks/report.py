@@ -105,7 +105,8 @@ def section(name: str, data_set: dict[str, Any], results: dict[str, Any]) -> lis
     title = name if data_set["title"] == name else f"{name} ({data_set['title']})"
     lines = [f"## {title}", "", f"{data_set['data']}: {counted(data_set['images'])}. {backbone_words(data_set)}.", ""]
     if differs_from_bmad(data_set):
-        lines += [f"**These are not the images of BMAD's set**, which has {counted(data_set['expected'])}.", ""]
+        theirs = f"{counted(data_set['expected'])}, anomalous validation images among them"
+        lines += [f"**These are not the images of BMAD's set**, which has {theirs}.", ""]
     reference = results["reference"]
     names = [*TITLES.values(), "ms per image", f"times {reference}", "peak memory MB", "stored MB"]
     lines += [f"| method | protocol | {' | '.join(names)} |", "| --- | --- " + "| ---: " * len(names) + "|"]
@@ -134,7 +135,7 @@ def counted(images: dict[str, int]) -> str:
 
 def differs_from_bmad(data_set: dict[str, Any]) -> bool:
     """Whether the folder is named as a set of BMAD but has other images."""
-    return data_set["expected"] is not None and data_set["expected"] != data_set["images"]
+    return data_set["expected"] is not None and data_set["expected"] != data_set["listed"]
 
 
 def protocol_words(protocol: dict[str, Any]) -> str:
