@@ -42,11 +42,27 @@ def start(arguments: Sequence[str] | None = None) -> None:
         sys.excepthook = show_error
         given = _command_line(arguments[2:])
         if files := given.pop("config_file", None):
-            knobs = read_knobs(given, _resolved(files))
+            knobs = read_knobs(given, read_config(files))
             for name, value in knobs.items() if parser else ():
                 _set(parser, name, value)
     if parser is not None:
         nest_settings(parser)
+
+
+def set_knobs(parser: ConfigParser, given: Mapping[str, Any]) -> None:
+    """Give a config knobs, as a command line does.
+
+    Args:
+        parser: of a config; afterwards its macros are resolved.
+        given: see :func:`read_knobs`.
+
+    Raises:
+        BundleError: for a name that the config does not have, or a value of another type.
+    """
+    parser.resolve_macro_and_relative_ids()
+    for name, value in read_knobs(given, parser.get()).items():
+        parser[name] = value
+    nest_settings(parser)
 
 
 def read_knobs(given: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,8 +141,12 @@ def _command_line(arguments: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def _resolved(files: Any) -> dict[str, Any]:
-    """The content of config files, with macros resolved."""
+def read_config(files: Any) -> dict[str, Any]:
+    """The content of config files, with macros resolved.
+
+    Args:
+        files: a path, a list of them, or the text of a list as Fire takes it.
+    """
     parser = ConfigParser(ConfigParser.load_config_files(DefaultParseValue(files) if isinstance(files, str) else files))
     parser.resolve_macro_and_relative_ids()
     return dict(parser.get())

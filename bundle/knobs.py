@@ -1,7 +1,7 @@
 """Typed values of knobs: one reading of what a command line, a file of arguments or a checkpoint gives.
 
-The type of a knob is the annotation of the argument that takes it, else that of its default. JSON's spellings (``true``,
-``null``, ``[1, 2]``) and Python's are read alike; anything else is refused with the type and an example.
+The type of a knob is the annotation of the argument that takes it, else that of its default. JSON's spellings
+(``true``, ``null``, ``[1, 2]``) and Python's are read alike; anything else is refused with the type and an example.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def read_text(name: str, text: str, knob: Knob) -> Any:
 
 def settings_of(part: Callable[..., Any]) -> dict[str, Knob]:
     """The arguments of a class or function that have a default, with their annotations."""
-    hints = typing.get_type_hints(part.__init__ if isinstance(part, type) else part)
+    hints = _hints(part)
     return {
         parameter.name: Knob(hints.get(parameter.name, Any), parameter.default)
         for parameter in inspect.signature(part).parameters.values()
@@ -161,7 +161,7 @@ def _item(config: Any, name: str) -> Any:
 
 
 def _consumers(config: Mapping[str, Any], name: str) -> Iterator[Any]:
-    """The annotations of the arguments that take ``name``: of its own component first, then of those that refer to it."""
+    """The annotations of the arguments that take ``name``, that of the component that it lies in first."""
     outer, _, inner = name.rpartition("::")
     if outer and isinstance(component := _item(config, outer), dict):
         yield from _annotation(component, inner)
@@ -189,5 +189,8 @@ def _annotation(component: Mapping[str, Any], argument: str) -> Iterator[Any]:
 
 
 def _required(part: Callable[..., Any]) -> dict[str, Knob]:
-    hints = typing.get_type_hints(part.__init__ if isinstance(part, type) else part)
-    return {name: Knob(kind) for name, kind in hints.items() if name not in settings_of(part)}
+    return {name: Knob(kind) for name, kind in _hints(part).items() if name not in settings_of(part)}
+
+
+def _hints(part: Callable[..., Any]) -> dict[str, Any]:
+    return typing.get_type_hints(inspect.getattr_static(part, "__init__") if isinstance(part, type) else part)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from functools import cache
 from typing import Any
 
 from bundle.errors import BundleError, check_choice, did_you_mean
-from bundle.knobs import Knob, settings_of, typed
+from bundle.knobs import SYNTAX, Knob, settings_of, typed
 from bundle.networks.context import CONTEXTS
 from bundle.networks.density import SpatialARDensity
 from bundle.networks.detector import AnomalyDetector
@@ -45,6 +44,8 @@ class Settings(Mapping[str, Any]):
             if name not in known:
                 raise BundleError(f"a model has no setting '{name}': {did_you_mean(name, known)}")
             self.given[name] = typed(name, value, known[name])
+            if any(str(part).startswith(SYNTAX) for part in (value if isinstance(value, (list, tuple)) else [value])):
+                raise BundleError(f"the setting {name} is {value!r}: give a value, expressions are not evaluated")
         self._values = {name: knob.default for name, knob in known.items()} | self.given
 
     def __getitem__(self, name: str) -> Any:
@@ -97,4 +98,4 @@ def make_detector(
     features = FeatureNetwork(weights=weights, weights_sha256=weights_sha256, **chosen.of(FeatureNetwork))
     channels = chosen["feature_components"] or features.num_channels
     density = SpatialARDensity(channels, **chosen.of(SpatialARDensity), **chosen.of(context))
-    return AnomalyDetector(features, density, asdict(reading), **chosen.of(AnomalyDetector))
+    return AnomalyDetector(features, density, reading.describe(), **chosen.of(AnomalyDetector))

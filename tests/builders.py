@@ -21,4 +21,6 @@ def small_detector(features, image_size=64, **settings):
     own = {key: settings.pop(key) for key in OF_DETECTOR if key in settings}
     channels = own.get("feature_components") or features.num_channels
     settings = {"hidden_channels": 8, "linear_components": min(32, channels), **settings}
-    return AnomalyDetector(features, SpatialARDensity(channels, **settings), image_size, **own)
+    return AnomalyDetector(
+        features, SpatialARDensity(channels, **settings), own.pop("preprocessing", None), image_size=image_size, **own
+    )

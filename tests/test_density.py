@@ -17,7 +17,7 @@ from bundle.networks import SpatialARDensity, load_paper_checkpoint
 from bundle.networks.context import LinearContext
 from bundle.networks.density import squared_error
 from bundle.networks.gaussian import fit_gaussian, moments
-from bundle.networks.masked import kernel_taps
+from bundle.networks.masked import taps_around
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 MODES = {  # file: mode, dilations
@@ -105,7 +105,7 @@ def test_causal_sees_only_what_comes_before():
 
 
 def test_causal_with_a_linear_prediction_sees_only_what_comes_before():
-    density = SpatialARDensity(3, "causal", 4, [1, 1], kernel_size=3, linear_components=2)
+    density = SpatialARDensity(3, "causal", hidden_channels=4, dilations=[1, 1], kernel_size=3, linear_components=2)
     assert all(map(comes_before, seen_offsets(density)))
 
 
@@ -149,7 +149,7 @@ def test_bidirectional_says_by_a_warning_whether_it_sees_its_own_target(dilation
 
 def test_every_density_is_named_for_the_likelihood_that_it_gives(caplog):
     assert SpatialARDensity(64).likelihood == SpatialARDensity(64, "streams").likelihood == "pseudo"
-    assert paper_density(3, [4] * 5).describe()["likelihood"] == "joint"
+    assert paper_density(3, [4] * 5).likelihood == "joint"
     assert paper_density(3, [1], orders=2).likelihood == "pseudo"
     assert "likelihood" not in caplog.text
     assert paper_density(3, [1], "standard").likelihood == "none"
@@ -163,7 +163,10 @@ def test_dilations_that_are_no_list_of_whole_numbers_are_refused(dilations):
 
 @pytest.mark.parametrize("dilations", [[1], [1, 1, 2]])
 def test_streams_see_every_direction_and_never_their_own_target(dilations):
-    seen = seen_offsets(SpatialARDensity(3, "streams", 4, dilations, kernel_size=3, linear_components=0), size=25)
+    seen = seen_offsets(
+        SpatialARDensity(3, "streams", hidden_channels=4, dilations=dilations, kernel_size=3, linear_components=0),
+        size=25,
+    )
     assert (0, 0) not in seen
     reach = sum(dilations)
     assert square(reach) - {(0, 0)} <= seen
@@ -222,7 +225,7 @@ def smooth_fields(count, seed=0):
 
 def test_the_linear_prediction_is_least_squares_on_the_ring():
     fields, held_out = smooth_fields(40), smooth_fields(20, seed=1)
-    linear = LinearContext(6, 6, kernel_taps("guarded", 3, True))
+    linear = LinearContext(6, 6, taps_around(3))
     linear.RIDGES = (1e-9,)
     linear.fit([fields[:25], fields[25:]], [held_out])
     # the inside of the maps, where all neighbors exist
@@ -239,7 +242,7 @@ def test_the_ridge_is_the_best_on_held_out_images():
     few, many = smooth_fields(2), smooth_fields(40, seed=1)
     losses = {}
     for ridge in (*LinearContext.RIDGES, None):
-        linear = LinearContext(6, 6, kernel_taps("guarded", 7, True, 1))
+        linear = LinearContext(6, 6, taps_around(7, 1))
         linear.RIDGES = LinearContext.RIDGES if ridge is None else (ridge,)
         linear.fit([few], [many])
         losses[ridge] = float((many - linear(many)).square().mean(dim=(0, 2, 3)).log().sum())
@@ -339,8 +342,9 @@ def test_any_kernel_keeps_the_size_of_the_map(kernel_size):
         ({"linear_components": 9}, "linear_components is 9: 0 to 3"),
         ({"mode": "standard"}, "sees its own target"),
         ({"kernel_size": 4}, "must be odd"),
-        ({"dilations": []}, "one whole number >= 1 per layer"),
+        ({"mode": "causal", "dilations": []}, "one whole number >= 1 per layer"),
         ({"hidden_channels": 0}, "at least 1"),
+        ({"dilations": [1]}, "setting of mode 'guarded' 'dilations' is unknown"),
     ],
 )
 def test_refuses_bad_settings(arguments, message):

@@ -122,11 +122,11 @@ def test_a_checkpoint_restores_maps_and_threshold_and_holds_no_backbone(detector
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": 80}, r"image_size \[64, 64\].*has image_size \[80, 80\]"),
-        ({"hidden_channels": 16}, r"hidden_channels 8 .*has hidden_channels 16"),
-        ({"mode": "causal"}, r"mode 'guarded' .*has mode 'causal'"),
-        ({"preprocessing": {**PREPROCESSING, "intensity": "mr"}}, r"intensity 'auto' .*has intensity 'mr'"),
-        ({"preprocessing": {**PREPROCESSING, "min_foreground": 0.1}}, r"min_foreground 0.05 .*has min_foreground 0.1"),
+        ({"image_size": 80}, r"image_size \[64, 64\], not \[80, 80\]"),
+        ({"hidden_channels": 16}, "hidden_channels 8, not 16"),
+        ({"mode": "causal"}, "mode 'guarded', not 'causal'"),
+        ({"preprocessing": {**PREPROCESSING, "intensity": "mr"}}, "intensity 'auto', not 'mr'"),
+        ({"preprocessing": {**PREPROCESSING, "min_foreground": 0.1}}, r"min_foreground 0.05, not 0.1"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(features, tmp_path, change, message):
@@ -139,14 +139,14 @@ def test_a_checkpoint_of_other_settings_is_refused(features, tmp_path, change, m
 def test_a_checkpoint_of_another_backbone_is_refused_with_both_names(detector, tmp_path):
     save_checkpoint(detector, tmp_path / "model.pt")
     other = small_detector(FeatureNetwork("dinov3_vits16", "random"))
-    with pytest.raises(BundleError, match="backbone 'efficientnet_lite0'.*backbone 'dinov3_vits16'"):
+    with pytest.raises(BundleError, match="backbone 'efficientnet_lite0', not 'dinov3_vits16'"):
         load_checkpoint(other, tmp_path / "model.pt")
 
 
 def test_a_checkpoint_of_other_weights_is_refused(detector, tmp_path):
     save_checkpoint(detector, tmp_path / "model.pt")
     other = small_detector(FeatureNetwork("efficientnet_lite0", "random"))
-    with pytest.raises(BundleError, match="weights '5b46.*weights 'random:"):
+    with pytest.raises(BundleError, match="weights '5b46.*, not 'random:.*: give --weights those it was trained with"):
         load_checkpoint(other, tmp_path / "model.pt")
 
 
@@ -220,15 +220,8 @@ def test_a_square_without_a_middle_is_refused(features, side):
         small_detector(features, feature_pooling=side)
 
 
-def test_a_checkpoint_of_another_version_is_refused_with_what_it_lacks(features):
-    old = small_detector(features, preprocessing={"intensity": "auto"}).state_dict()
-    new = small_detector(features, preprocessing={"intensity": "auto", "slice_range": [0, 1]})
-    with pytest.raises(BundleError, match="the checkpoint has no 'slice_range' in its identity, .*: train it anew"):
-        new.load_state_dict(old)
-
-
 def test_a_checkpoint_of_single_embeddings_is_refused_where_they_are_pooled(features):
-    with pytest.raises(BundleError, match="feature_pooling 1 .*has feature_pooling 3"):
+    with pytest.raises(BundleError, match="feature_pooling 1, not 3"):
         small_detector(features, feature_pooling=3).load_state_dict(small_detector(features).state_dict())
 
 

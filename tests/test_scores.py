@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from bundle.errors import BundleError
 from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold, largest_of_each
 
+FIT = {"kind": "full", "rank": 2, "shrinkage": None}
+
 
 def residuals(images=60, seed=0, grid=8, channels=5):
     """Healthy residuals, four times as large in the left half as in the right one, with correlated channels."""
@@ -20,7 +22,8 @@ def residuals(images=60, seed=0, grid=8, channels=5):
 
 
 def fitted(images=60, **settings):
-    score = PatchScore(5, [8, 8], **{"pooling": 0.0, **settings})
+    fit = FIT | {"kind": settings.pop("covariance", "full")}
+    score = PatchScore(5, [8, 8], fit, **{"pooling": 0.0, **settings})
     score.fit([residuals(images)])
     return score
 
@@ -63,15 +66,15 @@ def test_pooling_finds_what_points_the_same_way_in_neighboring_patches():
 
 
 def test_pooling_is_a_gaussian_mean_with_replicated_borders():
-    score, values = PatchScore(5, [8, 8], pooling=1.0), residuals(2)
+    score, values = PatchScore(5, [8, 8], FIT, pooling=1.0), residuals(2)
     kernel = torch.outer(score.weights, score.weights).expand(5, 1, 5, 5)
     expected = F.conv2d(F.pad(values, (2, 2, 2, 2), mode="replicate"), kernel, groups=5)
     torch.testing.assert_close(score.pool(values), expected)
-    assert torch.equal(PatchScore(5, [8, 8], pooling=0.0).pool(values), values)
+    assert torch.equal(PatchScore(5, [8, 8], FIT, pooling=0.0).pool(values), values)
 
 
 def test_the_squared_error_is_the_papers_up_to_scale():
-    score = PatchScore(5, [8, 8], "squared_error", pooling=0.0, per_position=False, covariance="isotropic")
+    score = PatchScore(5, [8, 8], FIT | {"kind": "isotropic"}, "squared_error", pooling=0.0, per_position=False)
     values = residuals(4)
     torch.testing.assert_close(score(values), values.square().mean(dim=1))
     score.fit([residuals()])
@@ -83,7 +86,7 @@ def test_the_squared_error_is_the_papers_up_to_scale():
 @pytest.mark.parametrize(("settings", "message"), [({"scale": "log"}, "log_radius"), ({"pooling": -1.0}, "is -1.0")])
 def test_refuses_bad_settings(settings, message):
     with pytest.raises(BundleError, match=message):
-        PatchScore(5, [8, 8], **settings)
+        PatchScore(5, [8, 8], FIT, **settings)
 
 
 # images

@@ -7,14 +7,13 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from bundle.checkpoint import load_checkpoint, save_checkpoint
 from bundle.errors import BundleError
 from bundle.training import (
     MovingAverage,
     NoisyFeatures,
     TrainingState,
     learning_rate_schedule,
-    load_checkpoint,
-    save_checkpoint,
 )
 
 

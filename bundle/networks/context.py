@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from bundle.errors import check
 from bundle.networks.gaussian import moments
 from bundle.networks.masked import MaskedConv2d, taps_around, taps_before
+from bundle.networks.settings import remembers_settings
 
 POSITION_CHANNELS = 10  # of :func:`position_code`
 
@@ -26,9 +27,11 @@ class ContextNetwork(nn.Module):
 
     Attributes:
         joint: whether the product of its predictions over all patches is a joint likelihood of the map.
+        settings: that it was made with.
     """
 
     joint: ClassVar[bool] = False
+    settings: dict[str, Any]
 
     def taps(self) -> Tensor:
         """The patches [k, k] that a linear prediction may look at, 1 where it may."""
@@ -39,10 +42,10 @@ class ContextNetwork(nn.Module):
         return False
 
     @classmethod
-    def settings(cls) -> dict[str, Any]:
-        """Its settings, with their defaults."""
+    def known_settings(cls) -> list[str]:
+        """The names of its settings."""
         parameters = inspect.signature(cls).parameters.values()
-        return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+        return [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
 
 
 class MaskedStack(ContextNetwork):
@@ -61,6 +64,7 @@ class MaskedStack(ContextNetwork):
         BundleError: for an even kernel, no layer, or a number out of range.
     """
 
+    @remembers_settings
     def __init__(
         self,
         in_channels: int,
@@ -155,6 +159,7 @@ class BlindStreams(ContextNetwork):
         BundleError: for an even kernel, no layer, or a number out of range.
     """
 
+    @remembers_settings
     def __init__(
         self,
         in_channels: int,
@@ -208,6 +213,7 @@ class GuardedRing(ContextNetwork):
         BundleError: for an even kernel, or a number out of range.
     """
 
+    @remembers_settings
     def __init__(
         self, in_channels: int, out_channels: int, *, hidden_channels: int = 96, kernel_size: int = 7, guard: int = 1
     ) -> None:

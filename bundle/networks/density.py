@@ -26,6 +26,7 @@ from bundle.networks.context import (
     position_code,
 )
 from bundle.networks.gaussian import COVARIANCES, FITTED, fit_gaussian
+from bundle.networks.settings import remembers_settings
 
 ORDERS: dict[int, list[list[int]]] = {  # dimensions to flip
     1: [[]],
@@ -71,7 +72,9 @@ class SpatialARDensity(nn.Module):
     whitening: Tensor
     log_determinant: Tensor
     flips: list[list[int]]
+    settings: dict[str, Any]
 
+    @remembers_settings
     def __init__(
         self,
         in_channels: int,
@@ -90,7 +93,7 @@ class SpatialARDensity(nn.Module):
         check_choice("density mode", mode, CONTEXTS)
         check_choice("covariance", covariance, COVARIANCES)
         for name in context:
-            check_choice(f"setting of mode '{mode}'", name, CONTEXTS[mode].settings())
+            check_choice(f"setting of mode '{mode}'", name, CONTEXTS[mode].known_settings())
         check(orders in ORDERS, "orders", orders, "1, 2 or 4")
         check(rank >= 1, "rank", rank, "at least 1")
         check(shrinkage is None or 0 <= shrinkage <= 1, "shrinkage", shrinkage, "null, or 0 to 1")
@@ -106,23 +109,18 @@ class SpatialARDensity(nn.Module):
         self.codes_position = position_code
         self.variance_limit = LOG_VARIANCE_LIMIT
         self.flips = ORDERS[orders]
-        self.fit = {"kind": covariance, "rank": rank, "shrinkage": shrinkage}
+        self.fit: dict[str, Any] = {"kind": covariance, "rank": rank, "shrinkage": shrinkage}
         inputs = in_channels + POSITION_CHANNELS * position_code
         outputs = in_channels * (2 if self.learns_variance else 1)
         networks = [CONTEXTS[mode](inputs, outputs, **context) for _ in range(1 if share_orders else orders)]
         self.contexts = nn.ModuleList(networks)
         self.likelihood = self._likelihood(mode, networks[0], orders, linear_components)
         self.linear = LinearContext(in_channels, linear_components, networks[0].taps()) if linear_components else None
-        self.settings: dict[str, Any] = {
-            "mode": mode,
-            **{name: _plain(context.get(name, default)) for name, default in CONTEXTS[mode].settings().items()},
-            "linear_components": linear_components,
-            "orders": orders,
-            **({"share_orders": share_orders} if orders > 1 else {}),
-            "position_code": position_code,
-            "covariance": covariance,
-            **({"rank": rank} if covariance == "low_rank" else {}),
-            **({"shrinkage": shrinkage} if self.whitens else {}),
+        self.mode = mode
+        self.unused = {
+            *(["rank"] if covariance != "low_rank" else []),
+            *(["shrinkage"] if not self.whitens else []),
+            *(["share_orders"] if orders == 1 else []),
         }
         self.register_buffer("residual_mean", torch.zeros(in_channels))
         self.register_buffer("whitening", torch.eye(in_channels))
@@ -237,18 +235,15 @@ class SpatialARDensity(nn.Module):
 
     @torch.jit.ignore
     def describe(self) -> dict[str, Any]:
-        """The settings that it uses, and the kind of likelihood, as plain JSON values."""
-        return {**self.settings, "likelihood": self.likelihood}
+        """The settings that it uses, as plain JSON values."""
+        used = {name: value for name, value in self.settings.items() if name not in self.unused}
+        context: Any = self.contexts[0]
+        return {"mode": self.mode, **used, **context.settings}
 
 
 def squared_error(prediction: Tensor, features: Tensor) -> Tensor:
     """The patch map of the paper: squared error averaged over channels, [B, C, H, W] twice to [B, H, W]."""
     return F.mse_loss(prediction, features, reduction="none").mean(dim=1)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def load_paper_checkpoint(path: str | os.PathLike, dilations: Sequence[int]) -> SpatialARDensity:

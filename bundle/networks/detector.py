@@ -18,6 +18,17 @@ from bundle.networks.density import SpatialARDensity, squared_error
 from bundle.networks.features import FeatureNetwork
 from bundle.networks.gaussian import moments
 from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold, largest_of_each
+from bundle.networks.settings import remembers_settings
+
+# settings of the detector that embeddings do not depend on
+AFTER_EMBEDDING = (
+    "standardize",
+    "feature_components",
+    "score_scale",
+    "residual_pooling",
+    "per_position",
+    "image_score",
+)
 
 
 class Detection(NamedTuple):
@@ -81,6 +92,9 @@ class AnomalyDetector(nn.Module):
     Raises:
         BundleError: if ``image_size`` is not divisible by the patch size in every tile, the density is of other
             channels, or a setting of the scores is unknown.
+
+    Attributes:
+        embedding_recipe: what decides the embeddings: the part of the identity that the feature cache depends on.
     """
 
     feature_mean: Tensor
@@ -91,7 +105,9 @@ class AnomalyDetector(nn.Module):
     false_positive_rate: Tensor
     image_false_positive_rate: Tensor
     identity: Tensor
+    settings: dict[str, Any]
 
+    @remembers_settings
     def __init__(
         self,
         features: FeatureNetwork,
@@ -120,7 +136,9 @@ class AnomalyDetector(nn.Module):
         odd = feature_pooling >= 1 and feature_pooling % 2 == 1
         check(odd, "feature_pooling", feature_pooling, "give an odd number of patches such as 3, 1 for none")
         reduced = feature_components or channels
-        self.image_size = _checked_size(image_size or features.image_size, features.patch_size * tiles)
+        self.image_size = _checked_size(
+            features.image_size if image_size is None else image_size, features.patch_size * tiles
+        )
         if density.in_channels != reduced:
             raise BundleError(
                 f"the density has {density.in_channels} channels, but the embeddings {reduced}: give it that many"
@@ -147,23 +165,13 @@ class AnomalyDetector(nn.Module):
         self.register_buffer("image_threshold", torch.full((), float("inf")))
         self.register_buffer("false_positive_rate", torch.full((), float("nan"), dtype=torch.float64))
         self.register_buffer("image_false_positive_rate", torch.full((), float("nan"), dtype=torch.float64))
+        own = self.settings | {"image_size": self.image_size}
         self.embedding_recipe = {
             **(preprocessing or {}),
             **features.describe(),
-            "image_size": self.image_size,
-            "tiles": tiles,
-            "feature_pooling": feature_pooling,
+            **{name: value for name, value in own.items() if name not in AFTER_EMBEDDING},
         }
-        identity = {
-            **self.embedding_recipe,
-            "standardize": standardize,
-            "feature_components": feature_components,
-            **density.describe(),
-            "score_scale": score_scale,
-            "residual_pooling": residual_pooling,
-            "per_position": per_position,
-            "image_score": image_score,
-        }
+        identity = {**self.embedding_recipe, **own, **density.describe()}
         self.register_buffer("identity", encode_identity(identity))
 
     @torch.jit.export
@@ -302,6 +310,8 @@ class AnomalyDetector(nn.Module):
         stored = state_dict.get(prefix + "identity")
         if stored is not None:
             refuse_other(decode_identity(stored), self.describe())
+            # that of an earlier version may have entries that this one does not need, and lack others
+            state_dict[prefix + "identity"] = self.identity
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -336,7 +346,7 @@ def decode_identity(stored: Tensor) -> dict[str, Any]:
 
 def _same(stored: Any, wanted: Any) -> bool:
     """Whether two entries mean the same: one number stands for equal ones, and ``auto`` for any backbone."""
-    return wanted in (stored, "auto") or (isinstance(stored, list) and {wanted} == set(stored))
+    return wanted in (stored, "auto") or (isinstance(stored, list) and all(side == wanted for side in stored))
 
 
 def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from bundle.errors import check_choice
 from bundle.transforms.intensity import SCHEMES
@@ -36,3 +37,7 @@ class Reading:
         check_choice("intensity", self.intensity, SCHEMES)
         check_choice("slice_plane", self.slice_plane, (ACQUIRED, *PLANES))
         SliceChoice(self.slice_range, self.min_foreground)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that it uses: a model that leaves the channel open takes any."""
+        return {name: value for name, value in asdict(self).items() if value is not None}

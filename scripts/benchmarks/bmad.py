@@ -32,9 +32,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigParser
-
-from bundle.command_line import check_knobs
+from bundle.command_line import read_config, read_knobs
 from bundle.data.cases import SPLITS, Case, find_splits
 from bundle.errors import BundleError, check_choice
 from bundle.networks import FeatureNetwork
@@ -156,7 +154,7 @@ def make_recipe(config: dict[str, Any], method: str, data_set: DataSet, seed: in
     family = family_of(whole, backbone)
     configs = [*whole.get("configs", []), *family.get("configs", [])]
     knobs = {**preset, **whole.get("knobs", {}), **family.get("knobs", {}), **given, "backbone": backbone}
-    check_knobs(knobs, ConfigParser.load_config_files([str(ROOT / name) for name in ("configs/train.json", *configs)]))
+    knobs = read_knobs(knobs, read_config([str(ROOT / name) for name in ("configs/train.json", *configs)]))
     features = describe_features(backbone, *(knobs.get(key) for key in ("weights", "weights_sha256")))
     return {
         "set": data_set.name,

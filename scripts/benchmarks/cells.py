@@ -31,7 +31,8 @@ def train(folder: Path) -> None:
     job = read(folder / "job.json")
     result = known_result(folder, job["recipe"])
     for name in missing_protocols(result, job["protocols"]):
-        write(folder / f"{name}.json", {**job["recipe"]["knobs"], **job["protocols"][name]})
+        settings, others = split_knobs(job["recipe"]["knobs"])
+        write(folder / f"{name}.json", {"+model": settings, **others, **job["protocols"][name]})
         fits = not result["protocols"]
         run = "training" if fits else "evaluating"
         overlays = [*job["recipe"]["configs"], str(folder / f"{name}.json"), *([] if fits else [EVALUATE])]
@@ -57,6 +58,12 @@ def train(folder: Path) -> None:
             result |= {key: report[key] for key in ("model", "data", "images")}
             result["stored_mb"] = (folder / "model.pt").stat().st_size / MEGABYTE
         write(folder / "result.json", result)
+
+
+def split_knobs(knobs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those that are settings of the model, which its checkpoint holds once it is trained, and all others."""
+    known = read(Path("configs/train.json"))["model"]
+    return {name: knobs[name] for name in knobs if name in known}, {name: knobs[name] for name in knobs.keys() - known}
 
 
 def known_result(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +140,8 @@ def load_method(method: dict[str, Any], cases: list[dict[str, Any]], batch_size:
     from monai.bundle import ConfigParser
 
     parser = ConfigParser(ConfigParser.load_config_files(["configs/train.json", *method["configs"], EVALUATE]))
-    for name, value in {**method["knobs"], "checkpoint": method["checkpoint"], "batch_size": batch_size}.items():
+    _, others = split_knobs(method["knobs"])
+    for name, value in {**others, "checkpoint": method["checkpoint"], "batch_size": batch_size}.items():
         parser[name] = value
     parser["splits"] = {"training": [], "validation": [], "test": cases}
     parser.get_parsed_content("load_checkpoint")

@@ -23,6 +23,7 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose, RandRicianNoised
 from monai.utils import set_determinism
 
+from bundle.command_line import set_knobs
 from bundle.errors import BundleError
 from scripts.benchmarks.common import EVALUATE, ROOT
 
@@ -36,7 +37,7 @@ def score_healthy(checkpoint: Path, data: Path, knobs: dict[str, Any], noise: fl
     Args:
         checkpoint: of the bundle.
         data: a labeled data set of pictures.
-        knobs: those of the training that are not the default.
+        knobs: of the evaluation, such as where the weights are.
         noise: deviation of the Rician noise, in parts of the intensity range.
 
     Raises:
@@ -46,8 +47,7 @@ def score_healthy(checkpoint: Path, data: Path, knobs: dict[str, Any], noise: fl
     files = [str(ROOT / name) for name in ("configs/train.json", EVALUATE)]
     parser = ConfigParser(ConfigParser.load_config_files(files))
     given = {"bundle_root": str(ROOT), "dataset_dir": str(data), "checkpoint": str(checkpoint), "tracking_uri": "off"}
-    for name, value in {**given, **knobs}.items():
-        parser[name] = value
+    set_knobs(parser, {**given, **knobs})
     healthy = [case for case in parser.get_parsed_content("splits")["test"] if not case.get("label", "mask" in case)]
     if len(healthy) < 4:
         raise BundleError(f"'{data}' has {len(healthy)} healthy test images: at least 4 are needed")
@@ -107,7 +107,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="model.pt of a training")
     parser.add_argument("--data", type=Path, required=True, help="labeled data set of pictures")
-    parser.add_argument("--knobs", type=json.loads, default={}, metavar="JSON", help="those of the training")
+    parser.add_argument(
+        "--knobs", type=json.loads, default={}, metavar="JSON", help="of the evaluation, such as weights"
+    )
     parser.add_argument("--noise", type=float, nargs="+", default=[0.02, 0.05], help="deviations, of the range [0, 1]")
     parser.add_argument("--slice_pattern", default=r"slice-(\d+)", help="where a name has the number of its slice")
     try:

@@ -48,7 +48,6 @@ from bundle.errors import BundleError, check_choice
 from bundle.inferers import SliceBatchInferer
 from bundle.networks import AnomalyDetector, FeatureNetwork, SpatialARDensity
 from bundle.networks.density import squared_error
-from bundle.networks.masked import kernel_taps
 from bundle.networks.weights import BACKBONES, load_backbone
 from bundle.samples import make_sample_cohort
 from bundle.transforms import ExtractSlicesd
@@ -201,11 +200,10 @@ class AllTapsConv2d(nn.Conv2d):
 def paper_density(density: SpatialARDensity) -> nn.Sequential:
     """The network of ``density`` with the same weights, as the authors' code computes it."""
     layers: list[nn.Module] = []
-    settings = density.describe()
     stack: Any = density.contexts[0]
     for module in stack.net:
         if isinstance(module, nn.Conv2d):
-            taps = kernel_taps(settings["mode"], settings["kernel_size"], first=not layers)
+            taps = stack.layer_taps(stack.kernel_size, first=not layers)
             layers.append(AllTapsConv2d(module, taps))
         else:
             layers.append(nn.ReLU())
@@ -282,7 +280,7 @@ def make_detector(setting: Setting) -> AnomalyDetector:
             "per_position": False,
             "image_score": "top_patches",
         }
-        return AnomalyDetector(features, density, setting.image_size, standardize=False, **scores).eval()
+        return AnomalyDetector(features, density, image_size=setting.image_size, standardize=False, **scores).eval()
 
 
 def normalized_images(files: Sequence[str], setting: Setting) -> Tensor:
@@ -324,10 +322,10 @@ def build_export(setting: Setting, workspace: Path, kind: str, precision: str) -
     """This bundle in another runtime; its file holds the backbone."""
     from bundle.exports import load_exported
 
-    compute = Compute(setting.device, precision)
     path = export_path(workspace, kind)
     stored = sum(file.stat().st_size for file in path.parent.iterdir())
-    return Runner(file_to_map(setting, load_exported(path, compute), compute), None, stored)
+    detector = load_exported(path, setting.device, precision)
+    return Runner(file_to_map(setting, detector, detector.compute), None, stored)
 
 
 def file_to_map(setting: Setting, detector: Any, compute: Compute) -> Callable[[list[str]], np.ndarray]:

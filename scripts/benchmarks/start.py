@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from bundle.checkpoint import save_checkpoint
-from bundle.networks import AnomalyDetector, FeatureNetwork, SpatialARDensity
+from bundle.model import make_detector
 from scripts.benchmarks.common import ROOT, cpu_entries, processor, write
 
 BACKBONE = "efficientnet_lite0"
@@ -43,10 +43,7 @@ POLL = 0.01  # seconds
 
 def make_inputs(folder: Path) -> None:
     """A checkpoint with random density, and one picture of noise: what they hold does not change the time."""
-    preprocessing = {"intensity": "auto", "slice_plane": "acquired"}  # as configs/inference.json has them
-    features = FeatureNetwork(BACKBONE)
-    detector = AnomalyDetector(features, SpatialARDensity(features.num_channels), preprocessing=preprocessing)
-    save_checkpoint(detector, folder / "model.pt")
+    save_checkpoint(make_detector({"backbone": BACKBONE}), folder / "model.pt")
     pixels = np.random.default_rng(0).integers(0, 256, (240, 240), dtype=np.uint8)
     (folder / "images").mkdir()
     Image.fromarray(pixels).save(folder / "images" / "noise.png")

@@ -11,13 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from monai.bundle import ConfigParser
-
-from bundle.checkpoint import load_checkpoint
+from bundle.checkpoint import load_checkpoint, trained_settings
 from bundle.errors import BundleError
 from bundle.exports import export_torchscript
-from bundle.networks import AnomalyDetector
+from bundle.model import make_detector
 from scripts.integrations.monai_deploy.recipe import embedded_configs
 from scripts.integrations.monai_deploy.study import StudyDetector
 
@@ -33,7 +30,7 @@ def make_application(
 ) -> Path:
     """Write ``application/`` and ``model.ts`` to ``output_dir``, in place of what an earlier call left there.
 
-    All knobs of backbone, density and preprocessing are those of the checkpoint.
+    The settings of the model are those of the checkpoint: data, checked by the parts that they are for.
 
     Args:
         checkpoint: ``model.pt`` of a training.
@@ -47,17 +44,19 @@ def make_application(
     Raises:
         BundleError: if there is no such checkpoint, or the weights are others.
     """
-    knobs = trained_knobs(checkpoint) | {"weights": weights, "batch_size": batch_size, "device": "cpu"}
-    parser = ConfigParser(ConfigParser.load_config_file(str(CONFIGS / "inference.json")) | knobs)
-    detector: AnomalyDetector = parser.get_parsed_content("network_def")
+    settings = trained_settings(checkpoint)
+    detector = make_detector(settings, weights)
     load_checkpoint(detector, checkpoint)
     configs = embedded_configs(
-        [CONFIGS / "inference.json", CONFIGS / "monai_deploy.json"], CONFIGS / "metadata.json", knobs
+        [CONFIGS / "inference.json", CONFIGS / "monai_deploy.json"],
+        CONFIGS / "metadata.json",
+        {"settings": settings, "device": "cpu"},
     )
+    choice = settings["slice_range"], settings["min_foreground"]
     target = Path(output_dir)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as folder:
-        write_model(detector, Path(folder) / "model.ts", knobs, configs)
+        write_model(StudyDetector(detector, *choice, batch_size), Path(folder) / "model.ts", configs)
         copy_application(Path(folder) / "application")
         application = target / "application"
         shutil.rmtree(application, ignore_errors=True)
@@ -66,28 +65,8 @@ def make_application(
     return application
 
 
-def trained_knobs(checkpoint: str | os.PathLike) -> dict[str, Any]:
-    """The knobs of ``configs/inference.json`` that a checkpoint's identity tells.
-
-    Raises:
-        BundleError: if there is no checkpoint.
-    """
-    if not Path(checkpoint).is_file():
-        raise BundleError(f"no checkpoint at '{checkpoint}': train first, or give --checkpoint")
-    try:
-        identity = json.loads(bytes(torch.load(checkpoint, weights_only=True)["identity"].tolist()))
-    except Exception as error:
-        raise BundleError(f"'{checkpoint}' is no checkpoint of this bundle: give the model.pt of a training") from error
-    known = ConfigParser.load_config_file(str(CONFIGS / "inference.json"))
-    # the identity has the hash of the weights, the knob is where they are
-    return {key: value for key, value in identity.items() if key in known and key != "weights"}
-
-
-def write_model(
-    detector: AnomalyDetector, path: Path, knobs: dict[str, Any], configs: dict[str, dict[str, Any]]
-) -> None:
-    """Write ``model.ts``: a :class:`~scripts.integrations.monai_deploy.study.StudyDetector` and ``configs``."""
-    study = StudyDetector(detector, knobs["slice_range"], knobs["min_foreground"], knobs["batch_size"])
+def write_model(study: StudyDetector, path: Path, configs: dict[str, dict[str, Any]]) -> None:
+    """Write ``model.ts``: ``study``, scripted, with ``configs`` under ``extra/``."""
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.json" for name in configs}
         for name, file in files.items():

@@ -40,7 +40,7 @@ def foreground_percentiles() -> list[float]:
     return [scaler.lower, scaler.upper]
 
 
-def embedded_configs(configs: list[Path], metadata: Path, knobs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def embedded_configs(configs: list[Path], metadata: Path, items: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The content of ``inference.json`` and ``metadata.json`` for ``model.ts``.
 
     Of the merged configs there remains what MONAI Deploy reads, and what that refers to. Expressions that name this
@@ -49,13 +49,13 @@ def embedded_configs(configs: list[Path], metadata: Path, knobs: dict[str, Any])
     Args:
         configs: config files; later ones overlay earlier ones.
         metadata: ``metadata.json``.
-        knobs: values in place of those in the files.
+        items: values in place of items in the files: ``settings`` of the model, ...
 
     Raises:
         BundleError: if something would not resolve without this bundle.
     """
     parser = ConfigParser(
-        ConfigParser.load_config_files(list(map(str, configs))) | knobs,
+        ConfigParser.load_config_files(list(map(str, configs))) | items,
         globals={name: import_module(name) for name in OWN_PACKAGES},
     )
     parser.resolve_macro_and_relative_ids()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,49 +21,46 @@ import requests
 from monai.bundle import ConfigParser
 
 from bundle import NAME
-from bundle.command_line import check_knobs
-from bundle.errors import BundleError, user_error
+from bundle.checkpoint import load_checkpoint, trained_settings
+from bundle.errors import BundleError
 from bundle.files import FLAT_SUFFIXES, NIFTI_SUFFIXES, content_key, whole_file
+from bundle.model import make_detector, settings_in
 from scripts.integrations.environments import default_base, environment
 
 ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
 HOST = "127.0.0.1"
 SERVER = "local_server"  # the module of server.py in the app
-OURS = ("bundle_root", "dataset_dir", "output_dir", "checkpoint", "tracking_uri")  # knobs that are not the user's here
 STARTUP_SECONDS = 300
 SHUTDOWN_SECONDS = 10
 
 
-def assemble(apps: Path, checkpoint: Path | None, knobs: dict[str, Any], verbose: bool = False) -> Path:
+def assemble(apps: Path, checkpoint: Path | None, weights: str | None = None, verbose: bool = False) -> Path:
     """Write the app: MONAI Label's side as ``main.py``, a copy of this bundle in ``model/``, and the model.
 
-    What training has written there stays.
+    Inference follows the model, and so does training: its settings become those of ``configs/train.json``. What
+    training has written there stays.
 
     Args:
         apps: the folder of the app.
         checkpoint: becomes ``models/model.pt``; None: the one that is there.
-        knobs: of the bundle.
+        weights: of the backbone, as the knob of that name.
         verbose: log requests, which have names of images in them.
 
     Returns:
         The folder of the copy.
 
     Raises:
-        BundleError: if a knob is unknown, the checkpoint is missing or does not fit, or another one was trained there.
+        BundleError: if the checkpoint is missing or does not fit, or another one was trained there.
     """
+    copy = apps / "model" / NAME
+    settings = place_checkpoint(copy, checkpoint, weights)
     inference = ConfigParser.load_config_files(
         [str(ROOT / f"configs/{name}.json") for name in ("inference", "monai_label")]
     )
     training = ConfigParser.load_config_file(ROOT / "configs/train.json")
-    for name in knobs:
-        if name in OURS:
-            raise BundleError(f"knob {name} is set by this command: leave it out")
-    check_knobs(knobs, {**training, **inference})
-    for name, value in knobs.items():
-        is_path = isinstance(value, str) and name in ("weights", "cache_dir") and value != "off"
-        (inference if name in inference else training)[name] = os.path.abspath(value) if is_path else value
-    copy = apps / "model" / NAME
+    inference["weights"] = os.path.abspath(weights) if weights and weights != "random" else weights
+    training["model"] = settings
     for part in ("bundle", "configs"):
         shutil.rmtree(copy / part, ignore_errors=True)
     shutil.copytree(ROOT / "bundle", copy / "bundle", ignore=shutil.ignore_patterns("__pycache__"))
@@ -77,54 +74,45 @@ def assemble(apps: Path, checkpoint: Path | None, knobs: dict[str, Any], verbose
     for folder in ("logs", "cache", "sessions", "tmp"):
         (apps / folder).mkdir(exist_ok=True)
     (apps / "logging.json").write_text(json.dumps(logging_config("INFO" if verbose else "WARNING", apps / "logs")))
-    place_checkpoint(copy, checkpoint)
     return copy
 
 
-def place_checkpoint(copy: Path, checkpoint: Path | None) -> None:
-    """Make ``checkpoint`` the model of the bundle in ``copy``, and see that it fits.
+def place_checkpoint(copy: Path, checkpoint: Path | None, weights: str | None) -> dict[str, Any]:
+    """Make ``checkpoint`` the model of the bundle in ``copy``, and see that it can be used.
+
+    Returns:
+        The settings of the model, checked by the parts that they are for: nothing in them is an expression.
 
     Raises:
-        BundleError: if it does not, if there is none, or if it would replace a model that was trained there.
+        BundleError: if it cannot, if there is none, or if it would replace a model that was trained there.
     """
     model = copy / "models" / "model.pt"
     if checkpoint is None and not model.is_file():
         raise BundleError(f"no model in '{copy}': give --checkpoint the model.pt of a training")
+    source = model if checkpoint is None else checkpoint
+    detector = make_detector(trained_settings(source), weights)
+    load_checkpoint(detector, source)
     if checkpoint is not None:
-        if not checkpoint.is_file():
-            raise BundleError(f"no checkpoint at '{checkpoint}': train first, or give another --checkpoint")
         if model.is_file() and content_key(model) != content_key(checkpoint):
             raise BundleError(
                 f"'{model}' is another model, maybe trained there: leave --checkpoint out to go on with it, or give "
                 "another folder as --apps"
             )
-        model.parent.mkdir(exist_ok=True)
         with whole_file(model) as partial:
             shutil.copyfile(checkpoint, partial)
-    parser = ConfigParser(ConfigParser.load_config_file(copy / "configs/inference.json"))
-    parser["bundle_root"] = str(copy)
-    parser["device"] = "cpu"
-    try:
-        parser.get_parsed_content("load_checkpoint")
-    except Exception as error:
-        raise user_error(error) or error from error
+    return dict(settings_in(detector.describe()))
 
 
-def check_studies(studies: str, modality: str, knobs: dict[str, Any]) -> str:
+def check_studies(studies: str, modality: str) -> str:
     """The absolute path or the URL of ``studies``.
 
     Raises:
-        BundleError: if the folder is missing, the server does not answer, or intensities would be misread.
+        BundleError: if the folder is missing, or the server does not answer.
     """
     if not studies.startswith(("http://", "https://")):
         if not Path(studies).is_dir():
             raise BundleError(f"no folder at '{studies}': give --studies a folder of volumes or a DICOMweb URL")
         return os.path.abspath(studies)
-    if modality == "CT" and knobs.get("intensity", "auto") == "auto":
-        raise BundleError(
-            "intensity is auto, but MONAI Label hands series on as NIfTI, which does not say that they are CT: train "
-            'with a window such as ct_soft_tissue, and give it as --knobs \'{"intensity": "ct_soft_tissue"}\''
-        )
     user, password = (os.environ.get(f"MONAI_LABEL_DICOMWEB_{word}") for word in ("USERNAME", "PASSWORD"))
     url = studies.rstrip("/")
     prefix = os.environ.get("MONAI_LABEL_QIDO_PREFIX")
@@ -143,6 +131,19 @@ def check_studies(studies: str, modality: str, knobs: dict[str, Any]) -> str:
             "password as MONAI_LABEL_DICOMWEB_USERNAME and _PASSWORD if it wants them"
         ) from error
     return url
+
+
+def check_intensity(settings: Mapping[str, Any], studies: str, modality: str) -> None:
+    """Refuse a model that would misread what MONAI Label hands on: series of a server as NIfTI, without a modality.
+
+    Raises:
+        BundleError: if they are CT, and the model tells CT by the header.
+    """
+    if modality == "CT" and settings["intensity"] == "auto" and studies.startswith(("http://", "https://")):
+        raise BundleError(
+            "the model was trained with intensity auto, but MONAI Label hands series on as NIfTI, which does not say "
+            "that they are CT: train with a window, --intensity ct_soft_tissue"
+        )
 
 
 def server_environment(
@@ -209,7 +210,7 @@ def _signal_group(process: subprocess.Popen, number: signal.Signals) -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Run the server until it ends or is interrupted; its exit code."""
-    studies = check_studies(options.studies, options.modality, options.knobs)
+    studies = check_studies(options.studies, options.modality)
     port = free_port(options.port)
     with ExitStack() as stack:
         if options.apps is None:
@@ -217,7 +218,8 @@ def serve(options: argparse.Namespace) -> int:
         else:
             apps = options.apps.absolute()
             apps.mkdir(parents=True, exist_ok=True)
-        copy = assemble(apps, options.checkpoint, options.knobs, options.verbose)
+        copy = assemble(apps, options.checkpoint, options.weights, options.verbose)
+        check_intensity(trained_settings(copy / "models" / "model.pt"), studies, options.modality)
         python = environment(HERE / "requirements.txt", options.environments, "monai_label")
         # as MONAI Label's own start does, which lists all settings before it can be told to be quiet
         command = [str(python), "-m", "uvicorn", f"{SERVER}:app", "--host", HOST, "--port", str(port)]
@@ -260,13 +262,6 @@ def _answers(server: subprocess.Popen, url: str) -> bool:
     return False
 
 
-def _knobs(text: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise argparse.ArgumentTypeError(f"is no JSON object: {text}") from error
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -276,7 +271,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--studies", required=True, help="folder of volumes (NIfTI) or pictures, or the URL of a DICOMweb server")
     add("--checkpoint", type=Path, help="model.pt of a training; may be left out if --apps has a model")
-    add("--knobs", type=_knobs, default={}, metavar="JSON", help="those of the training, and others of the bundle")
+    add("--weights", help="of the backbone, as for training; default: where inference finds them")
     add("--apps", type=Path, help="folder to keep models, cache and logs in (default: a temporary one)")
     add(
         "--environments",

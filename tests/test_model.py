@@ -1,0 +1,179 @@
+"""What a model is: settings that its checkpoint holds, and that are data."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from builders import small_detector
+
+from bundle import model
+from bundle.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint, trained_settings
+from bundle.errors import BundleError
+from bundle.model import Settings, known_settings, make_detector, settings_in
+from bundle.networks.context import CONTEXTS
+from bundle.networks.detector import AnomalyDetector, encode_identity
+from bundle.networks.settings import remembers_settings
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"backbone": "efficientnet_lite0", "image_size": 64, "hidden_channels": 8}
+MODEL = json.loads((ROOT / "configs/train.json").read_text())["model"]
+
+
+def rewritten(path, **entries):
+    """A checkpoint whose identity has other ``entries``; None removes one."""
+    checkpoint = read_checkpoint(path)
+    identity = {name: value for name, value in (checkpoint.identity | entries).items() if entries.get(name, 0) != "-"}
+    torch.save({**checkpoint.state, "identity": encode_identity(identity)}, path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    save_checkpoint(make_detector(SMALL), tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def test_the_config_of_training_lists_every_setting_with_the_default_that_its_part_has():
+    assert MODEL.keys() == known_settings().keys()
+    assert Settings(MODEL) == {**Settings(), **Settings(MODEL)} == dict(Settings(MODEL))
+    assert {name: MODEL[name] for name in MODEL} == json.loads(json.dumps(dict(Settings())))
+
+
+@pytest.mark.parametrize("mode", CONTEXTS)
+def test_an_identity_holds_the_settings_that_its_mode_uses_and_no_others(mode):
+    described = make_detector({**SMALL, "mode": mode, "linear_components": 0}).describe()
+    own = set(CONTEXTS[mode].known_settings())
+    of_other_modes = {name for other in CONTEXTS.values() for name in other.settings()} - CONTEXTS[
+        mode
+    ].settings().keys()
+    assert own <= described.keys()
+    assert not of_other_modes & described.keys()
+    assert not {"rank", "share_orders"} & described.keys()
+
+
+def test_a_checkpoint_makes_the_detector_that_was_trained(checkpoint):
+    settings = trained_settings(checkpoint)
+    detector = make_detector(settings)
+    load_checkpoint(detector, checkpoint)
+    assert detector.describe() == read_checkpoint(checkpoint).identity
+    assert {name: settings[name] for name in ("hidden_channels", "image_size")} == {
+        "hidden_channels": 8,
+        "image_size": [64, 64],
+    }
+
+
+def test_all_differences_are_told_at_once(checkpoint):
+    with pytest.raises(BundleError) as caught:
+        trained_settings(checkpoint, {"mode": "causal", "image_size": 80, "kernel_size": 7})
+    message = "trained with image_size [64, 64], not 80; mode 'guarded', not 'causal': leave these out"
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [{"image_size": 64}, {"image_size": [64, 64]}, {"backbone": "auto"}, {"guard": 1}])
+def test_what_means_the_same_is_no_difference(checkpoint, given):
+    assert trained_settings(checkpoint, given)["image_size"] == [64, 64]
+
+
+def test_an_absent_entry_means_its_default_so_that_earlier_checkpoints_load(checkpoint):
+    rewritten(checkpoint, position_code="-", score_scale="-")
+    detector = make_detector(trained_settings(checkpoint))
+    load_checkpoint(detector, checkpoint)
+    assert (detector.describe()["position_code"], detector.describe()["score_scale"]) == (False, "log_radius")
+
+
+def test_entries_that_a_mode_does_not_use_are_no_obstacle(checkpoint):
+    """As version 0.5 wrote them."""
+    rewritten(checkpoint, dilations=[4, 4], rank=7, share_orders=False, likelihood="pseudo")
+    load_checkpoint(make_detector(trained_settings(checkpoint)), checkpoint)
+
+
+def test_an_entry_of_a_later_version_is_refused_by_name(checkpoint):
+    rewritten(checkpoint, slice_mixing=3)
+    with pytest.raises(BundleError, match="has slice_mixing in its identity, which this version does not know"):
+        load_checkpoint(make_detector(trained_settings(checkpoint)), checkpoint)
+
+
+def test_a_setting_that_the_checkpoint_leaves_open_can_be_given(checkpoint):
+    assert "channel" not in read_checkpoint(checkpoint).identity
+    assert trained_settings(checkpoint, {"channel": 1})["channel"] == 1
+
+
+def test_a_model_of_one_channel_is_not_used_on_another(tmp_path):
+    save_checkpoint(make_detector({**SMALL, "channel": 0}), tmp_path / "model.pt")
+    with pytest.raises(BundleError, match="channel 0, not 1"):
+        trained_settings(tmp_path / "model.pt", {"channel": 1})
+
+
+HOSTILE = "$__import__('pathlib').Path('{}').touch()"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"mode": HOSTILE},
+        {"intensity": HOSTILE},
+        {"slice_range": [HOSTILE, 1.0]},
+        {"layers": [HOSTILE]},
+        {"backbone": "%configs/train.json::run"},
+        {"slice_plane": {"_target_": "os.system", "command": "touch {}"}},
+        {"channel": {"_target_": "os.system", "command": "touch {}"}},
+        {"tiles": "@checkpoint"},
+    ],
+)
+def test_values_of_a_checkpoint_are_data_that_are_refused_and_never_run(checkpoint, tmp_path, entry):
+    entry = json.loads(json.dumps(entry).replace("{}", str(tmp_path / "ran")))
+    rewritten(checkpoint, **entry)
+    with pytest.raises(BundleError, match=next(iter(entry))):
+        make_detector(trained_settings(checkpoint))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"moed": 1}, "did you mean 'mode'"), ({"guard": "1"}, "whole number")]
+)
+def test_unknown_settings_and_other_types_are_refused(settings, message):
+    with pytest.raises(BundleError, match=message):
+        Settings(settings)
+
+
+def test_a_new_setting_is_one_argument_and_nothing_else_in_python(features, tmp_path, monkeypatch):
+    """A subclass has one argument more: it is typed, travels in the checkpoint, and is compared, by that alone."""
+
+    class Extended(AnomalyDetector):
+        @remembers_settings
+        def __init__(self, features, density, preprocessing=None, *, temperature: float = 0.5, **settings):
+            super().__init__(features, density, preprocessing, **settings)
+
+    monkeypatch.setattr(model, "AnomalyDetector", Extended)
+    monkeypatch.setattr(model, "PARTS", (*model.PARTS, Extended))
+    known_settings.cache_clear()
+    try:
+        with pytest.raises(BundleError, match='--temperature must be a number, got "warm": for example --temperature'):
+            Settings({"temperature": "warm"})
+        assert Settings({"temperature": 2}).of(Extended) == {"temperature": 2.0}
+    finally:
+        monkeypatch.undo()
+        known_settings.cache_clear()
+
+
+def test_every_setting_is_a_line_of_one_config():
+    for name in known_settings():
+        lines = {
+            path.name: sum(line.strip().startswith(f'"{name}":') for line in path.read_text().splitlines())
+            for path in (ROOT / "configs").glob("*.json")
+        }
+        named = {file for file, count in lines.items() if count} - {"paper.json", "benchmark.json"}
+        assert (named, lines["train.json"]) == ({"train.json"}, 1), name
+
+
+def test_settings_of_a_detector_make_an_equal_one(features):
+    detector = small_detector(
+        features, mode="causal", dilations=[1, 2], orders=2, share_orders=False, covariance="low_rank"
+    )
+    again = make_detector(settings_in(detector.describe()))
+    assert again.describe() == detector.describe() | {
+        name: value for name, value in again.describe().items() if name not in detector.describe()
+    }
+    assert inspect.signature(make_detector).parameters.keys() == {"settings", "weights", "weights_sha256"}
