@@ -28,9 +28,9 @@ from torch.nn import functional as F
 
 from bundle.compute import Compute
 from bundle.errors import BundleError, check_choice
+from bundle.networks.backbones import BACKBONES, BackboneSpec
 from bundle.networks.detector import AnomalyDetector, Detection, refuse_other
 from bundle.networks.features import CPU_PIXELS
-from bundle.networks.weights import BACKBONES, BackboneSpec
 from bundle.outputs import write_csv
 from bundle.provenance import model_words
 

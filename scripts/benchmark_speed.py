@@ -47,9 +47,10 @@ from bundle.data import EmbeddingDataset, EmbeddingStore, make_sample_cohort
 from bundle.errors import BundleError, check_choice
 from bundle.inferers import SliceBatchInferer
 from bundle.networks import AnomalyDetector, FeatureNetwork, SpatialARDensity
+from bundle.networks.backbones import BACKBONES
 from bundle.networks.density import squared_error
 from bundle.networks.masked import kernel_taps
-from bundle.networks.weights import BACKBONES, load_backbone
+from bundle.networks.weights import load_backbone
 from bundle.training import save_checkpoint
 from bundle.transforms import ExtractSlicesd, LoadCased, OrientSlicesd, ScaleIntensityByModalityd
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from builders import small_detector
 from commands import QUICK, TRAIN, succeed
+from huggingface_hub import constants
 from monai.utils import set_determinism
 
 from bundle.data import make_sample_cohort
 from bundle.networks import FeatureNetwork
+from bundle.networks.weights import FOLDER_VARIABLES
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell's jobs in the background ignore Ctrl-C, and so would the commands that tests interrupt
@@ -22,6 +24,15 @@ def _deterministic():
     set_determinism(seed=0)
     yield
     set_determinism(seed=None)
+
+
+@pytest.fixture
+def no_weights_in_reach(monkeypatch, tmp_path):
+    """Whatever the machine has: no folder of weights, an empty hub cache, no network."""
+    for variable in FOLDER_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="session")

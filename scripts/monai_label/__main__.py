@@ -23,6 +23,7 @@ from monai.bundle import ConfigParser
 from bundle.command_line import check_knobs
 from bundle.data.store import content_key
 from bundle.errors import BundleError, user_error
+from bundle.networks.weights import FOLDER_VARIABLES
 from bundle.provenance import NAME
 from bundle.transforms.loading import FLAT_SUFFIXES, NIFTI_SUFFIXES
 from scripts.environments import default_base, environment
@@ -167,8 +168,8 @@ def server_environment(
         "MONAI_LABEL_DATASTORE_FILE_EXT": json.dumps([f"*{suffix}" for suffix in (*NIFTI_SUFFIXES, *FLAT_SUFFIXES)]),
         "ALLOWED_ORIGINS": json.dumps([f"http://{host}:{port}" for host in (HOST, "localhost")] + list(origins)),
     }
-    weights = os.environ.get("DINOV3_WEIGHTS")
-    return {**os.environ, **variables, **({"DINOV3_WEIGHTS": os.path.abspath(weights)} if weights else {})}
+    folders = {name: os.path.abspath(os.environ[name]) for name in FOLDER_VARIABLES if os.environ.get(name)}
+    return {**os.environ, **variables, **folders}
 
 
 def logging_config(level: str, folder: Path) -> dict[str, Any]:
