@@ -18,11 +18,13 @@ from backbone_files import (
     random_image,
     timm_network,
 )
+from builders import small_detector
 from safetensors.torch import load_file, save_file
 from timm.models import convnext, eva, vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bundle.exports import export_all
 from bundle.networks.backbones import BACKBONES
 from bundle.networks.backbones.learned_vit import INTERPOLATIONS, Positions
 from bundle.networks.features import FeatureNetwork
@@ -206,6 +208,13 @@ def test_positions_in_onnx_are_right_at_every_grid(name: str, tmp_path: Path) ->
         grid = torch.zeros(size)
         found = torch.from_numpy(session.run(None, {"grid": grid.numpy()})[0])
         torch.testing.assert_close(found, places(grid), rtol=0, atol=1e-5)
+
+
+def test_detector_with_learned_positions_can_be_exported(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    network = FeatureNetwork("dinov2_vits14", "random", layers=(0, 1), timm_kwargs=LEARNED_KWARGS)
+    rows = export_all(small_detector(network, image_size=[56, 84]).eval(), tmp_path, "onnx", batch_size=1)
+    assert rows[1]["max_difference"] < 1e-4
 
 
 class AtGridOf(nn.Module):

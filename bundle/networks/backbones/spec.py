@@ -61,7 +61,8 @@ class BackboneSpec(ABC):
         patch: stride of the output grid, in pixels.
         image_size: default side of an image, in pixels; a multiple of ``patch``.
         keeps_bf16: whether bf16 changes the embeddings by less than 1 %. A ViT-S/16 and a ConvNeXt with random weights
-            change by half a percent at most, EfficientNet-Lite0 by several (``docs/performance.md``).
+            change by half a percent at most, a pretrained ViT-S/14 by 0.6 %, EfficientNet-Lite0 by several
+            (``docs/performance.md``).
     """
 
     timm_name: str
