@@ -30,9 +30,9 @@ from bundle.compute import Compute
 from bundle.errors import BundleError, check_choice
 from bundle.files import whole_files, write_csv
 from bundle.model import Settings, settings_in
+from bundle.networks.backbones import BACKBONES
 from bundle.networks.detector import AnomalyDetector, Detection, decode_identity, refuse_other
 from bundle.networks.features import CPU_PIXELS
-from bundle.networks.weights import BACKBONES
 from bundle.provenance import model_words
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 TRAIN = "configs/train.json"
 EVALUATE = "['configs/train.json','configs/evaluate.json']"
 INFER = "configs/inference.json"
+OF_THIS_MACHINE = ("MLFLOW_TRACKING_URI", "BACKBONE_WEIGHTS", "DINOV3_WEIGHTS")
 QUICK = {"backbone": "efficientnet_lite0", "image_size": 176, "hidden_channels": 64, "max_epochs": 8, "device": "cpu"}
 
 
@@ -19,7 +20,7 @@ def command(run_id, config, launcher=(), **knobs):
 
 
 def environment(**extra):
-    clean = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "DINOV3_WEIGHTS")}
+    clean = {k: v for k, v in os.environ.items() if k not in OF_THIS_MACHINE}
     return {**clean, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", **extra}
 
 

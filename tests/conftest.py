@@ -6,9 +6,11 @@ import pytest
 import torch
 from builders import small_detector
 from commands import QUICK, TRAIN, succeed
+from huggingface_hub import constants
 from monai.utils import set_determinism
 
 from bundle.networks import FeatureNetwork
+from bundle.networks.weights import FOLDER_VARIABLES
 from bundle.samples import make_sample_cohort
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -22,6 +24,15 @@ def _deterministic():
     set_determinism(seed=0)
     yield
     set_determinism(seed=None)
+
+
+@pytest.fixture
+def no_weights_in_reach(monkeypatch, tmp_path):
+    """Whatever the machine has: no folder of weights, an empty hub cache, no network."""
+    for variable in FOLDER_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bundle.errors import BundleError
-from bundle.networks.weights import BACKBONES
+from bundle.networks.backbones import BACKBONES
 from scripts.benchmarks.bmad import (
     benchmark,
     describe_set,
@@ -288,7 +288,8 @@ def test_a_method_that_is_like_another_has_its_knobs_and_its_own():
     assert "published" not in pooled
 
 
-DEPTHS = {"vits": 12, "vitb": 12, "vitl": 24, "vith": 32, "vit7b": 40, "convnext": 4, "efficientnet": 7}
+VIT_DEPTHS = {"vits": 12, "vitb": 12, "vitl": 24, "vith": 32, "vitg": 40, "vit7b": 40, "rad_dino": 12}
+DEPTHS = {**VIT_DEPTHS, "convnext": 4, "efficientnet": 7}
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -20,7 +20,7 @@ from bundle.compute import Compute
 from bundle.errors import BundleError
 from bundle.exports import check_parity, export_all, load_exported, resize_by_matrices
 from bundle.networks import FeatureNetwork
-from bundle.networks.weights import BACKBONES
+from bundle.networks.backbones import BACKBONES
 from bundle.samples import make_sample_cohort
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")

