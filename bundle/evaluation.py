@@ -20,6 +20,7 @@ from bundle.files import write_csv, write_json
 from bundle.metrics import METRIC_NAMES, AnomalyMetric
 from bundle.networks.detector import Detector
 from bundle.provenance import data_words, model_words
+from bundle.results import CaseResult
 from bundle.tracking import Tracker
 
 EXAMPLES = {0: 2, 1: 4}  # how many healthy and anomalous images are shown
@@ -78,15 +79,20 @@ class EvaluationReport:
     def note(self, engine: Engine) -> None:
         """Keep the scores of the current batch, and the pictures of the few that are shown."""
         state: Any = engine.state
-        for case, found in zip(state.batch, state.output, strict=True):
-            score = float(found["pred_score"])
-            self.rows.append({"name": case["name"], "label": int(case["label"]), "score": score})
-            if case["name"] in self.shown:
-                worst = int(found["pred_worst_slice"])
-                image = picture(case["image"].as_tensor(), worst)
-                mask = case["mask"].numpy()[0, ..., worst] > 0 if "mask" in case else None
-                map_ = found["pred_map"].numpy()[0, ..., worst]
-                self.examples.append({"name": case["name"], "image": image, "map": map_, "mask": mask, "score": score})
+        for case, output in zip(state.batch, state.output, strict=True):
+            result = CaseResult.from_output({**case, **output}, self.detector)
+            self.rows.append({"name": result.name, "label": int(case["label"]), "score": result.score})
+            if result.name in self.shown:
+                worst = result.worst_position
+                self.examples.append(
+                    {
+                        "name": result.name,
+                        "image": picture(case["image"].as_tensor(), worst),
+                        "map": result.anomaly_map[0, ..., worst],
+                        "mask": case["mask"].numpy()[0, ..., worst] > 0 if "mask" in case else None,
+                        "score": result.score,
+                    }
+                )
 
     def write(self, engine: Engine) -> None:
         """Write the files, log them and print the table, in the first process for all."""
@@ -166,14 +172,14 @@ def check_rates(
             )
 
 
-def results(output: list[dict[str, Any]]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+def metric_input(output: list[dict[str, Any]]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
     """What :class:`~bundle.metrics.AnomalyMetric` takes, from the output of the engine.
 
     Maps and masks as [slices, rows, columns], masks None where they are not known.
     """
-    maps = [found["metric_map"][0].movedim(-1, 0) for found in output]
-    masks = [found["metric_mask"][0].movedim(-1, 0) if "metric_mask" in found else None for found in output]
-    return maps, masks, [found["pred_score"] for found in output], [found["label"] for found in output]
+    maps = [case["metric_map"][0].movedim(-1, 0) for case in output]
+    masks = [case["metric_mask"][0].movedim(-1, 0) if "metric_mask" in case else None for case in output]
+    return maps, masks, [CaseResult.from_output(case).score for case in output], [case["label"] for case in output]
 
 
 def _finite(value: float) -> float | None:

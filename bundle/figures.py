@@ -38,9 +38,19 @@ def blend(image: np.ndarray, anomaly_map: np.ndarray, threshold: float) -> np.nd
     share = heat(anomaly_map, threshold)
     opacity = OPACITY * share[..., None]
     mixed = (1 - opacity) * np.clip(gray, 0, 1) + opacity * colormaps[COLORMAP](share)[..., :3]
-    found = anomaly_map > threshold
-    mixed[found & ~binary_erosion(found)] = (0.2, 1.0, 1.0)
+    mask = anomaly_map > threshold
+    mixed[mask & ~binary_erosion(mask)] = (0.2, 1.0, 1.0)
     return (255 * mixed).round().astype(np.uint8)
+
+
+def blend_slices(image: np.ndarray, anomaly_map: np.ndarray, threshold: float) -> np.ndarray:
+    """Each slice of ``image`` [C, x, y, slices], C = 1 or 3, under its heat map of ``anomaly_map`` [x, y, slices].
+
+    Returns:
+        [slices, rows, columns, 3] uint8, rows along y.
+    """
+    slices = image.T if image.shape[0] == 3 else image[0].T
+    return np.stack([blend(shown, values, threshold) for shown, values in zip(slices, anomaly_map.T, strict=True)])
 
 
 def overlay(image: np.ndarray, anomaly_map: np.ndarray, threshold: float, caption: str) -> Image.Image:

@@ -9,9 +9,10 @@ from pydicom.datadict import dictionary_VR
 from test_dicom_series import AFFINES, enhanced_of, identity, jittered, series
 
 from bundle.dicom.mr import mr_series, write_series
-from bundle.dicom.objects import Algorithm, Findings, write_objects
+from bundle.dicom.objects import Algorithm, write_objects
 from bundle.dicom.series import read_headers, read_volume
 from bundle.errors import BundleError
+from bundle.results import CaseResult, RestoredMap
 
 ALGORITHM = Algorithm("1.2.3", "a" * 64, "b" * 64)
 THRESHOLD = 1.5
@@ -25,26 +26,41 @@ def enhanced(folder, affine):
     return [enhanced_of(series(folder, affine), folder.with_name("enhanced"))]
 
 
-def findings(shape, seed=0):
-    random = np.random.default_rng(seed)
-    return Findings(
-        random.normal(size=shape).astype(np.float32),
-        random.integers(0, 256, (*shape, 3)).astype(np.uint8),
-        THRESHOLD,
-        score=4.5,
-        image_threshold=3.0,
-        slice_scores=random.normal(size=shape[0]).tolist(),
-        worst=[4, 2],
+def found_in(volume, slice_axis=2, **options):
+    """A result of random numbers with the score 4.5, on the axes of ``volume`` or, by slices, along another one."""
+    shape = volume.pixels.shape[1:]
+    random = np.random.default_rng(0)
+    values = random.normal(size=shape).astype(np.float32)
+    scores = random.normal(size=shape[slice_axis])
+    scores[scores.argmax()] = 4.5
+    return CaseResult(
+        "a",
+        "a.dcm",
+        np.moveaxis(values, slice_axis, -1)[None],
+        scores,
+        np.ones(len(scores), bool),
+        **{"threshold": THRESHOLD, "image_threshold": 3.0, **options},
+        on_file=RestoredMap(values, slice_axis, tuple(range(len(scores)))),
     )
+
+
+def pictures_of(volume):
+    return np.random.default_rng(1).integers(0, 256, (*volume.pixels.shape[:0:-1], 3)).astype(np.uint8)
+
+
+def write(stem, files, **options):
+    """All objects of a result of the series ``files``; gives its volume and the result."""
+    volume = read_volume(files)
+    result = found_in(volume, **options)
+    write_objects(stem, volume.files.headers(), result, pictures_of(volume), ALGORITHM, worst_slices=2)
+    return volume, result
 
 
 @pytest.fixture(params=[classic, enhanced], ids=["series", "multi-frame"])
 def written(request, tmp_path):
     files = request.param(tmp_path / "in", AFFINES["oblique"])
-    volume = read_volume(files)
-    found = findings(volume.pixels.shape[:0:-1])
-    write_objects(tmp_path / "a", files, found, ALGORITHM)
-    return tmp_path, read_headers(files), volume, found
+    volume, result = write(tmp_path / "a", files)
+    return tmp_path, read_headers(files), volume, result
 
 
 def as_xyz(volume):
@@ -54,18 +70,18 @@ def as_xyz(volume):
 
 
 def test_the_segmentation_has_the_voxels_of_the_mask(written):
-    folder, _, volume, found = written
+    folder, _, volume, result = written
     mask, affine = as_xyz(hd.seg.segread(folder / "a_seg.dcm").get_volume(combine_segments=True))
-    np.testing.assert_array_equal(mask.T, found.anomaly_map > THRESHOLD)
+    np.testing.assert_array_equal(mask, result.mask)
     np.testing.assert_allclose(affine, volume.affine, atol=1e-5)
 
 
 def test_the_parametric_map_has_the_values_of_the_anomaly_map(written):
-    folder, _, volume, found = written
+    folder, _, volume, result = written
     stored = hd.imread(folder / "a_heatmap.dcm")
     values, affine = as_xyz(stored.get_volume(apply_real_world_transform=True))
-    step = np.ptp(found.anomaly_map) / 65535
-    np.testing.assert_allclose(values.T, found.anomaly_map, atol=0.51 * step)
+    step = np.ptp(result.restored.values) / 65535
+    np.testing.assert_allclose(values, result.restored.values, atol=0.51 * step)
     np.testing.assert_allclose(affine, volume.affine, atol=1e-5)
     [mapping] = stored.SharedFunctionalGroupsSequence[0].RealWorldValueMappingSequence
     [window] = stored.SharedFunctionalGroupsSequence[0].FrameVOILUTSequence
@@ -74,26 +90,25 @@ def test_the_parametric_map_has_the_values_of_the_anomaly_map(written):
 
 
 def test_the_overlay_is_a_series_of_color_images_at_the_places_of_the_slices(written):
-    folder, _, volume, found = written
+    folder, _, volume, _ = written
     for index, file in enumerate(sorted((folder / "a_overlay").iterdir())):
         image = dcmread(file)
-        np.testing.assert_array_equal(image.pixel_array, found.pictures[index])
+        np.testing.assert_array_equal(image.pixel_array, pictures_of(volume)[index])
         x, y, z = image.ImagePositionPatient
         np.testing.assert_allclose([-x, -y, z], (volume.affine @ [0, 0, index, 1])[:3], atol=1e-4)
     assert index == 5
 
 
 def test_the_report_names_score_threshold_and_worst_slices(written):
-    folder, sources, volume, found = written
+    folder, sources, volume, result = written
     groups = hd.sr.srread(folder / "a_report.dcm").content.get_image_measurement_groups()
     study, *slices = groups
     values = {measurement.name.meaning: measurement.value for measurement in study.get_measurements()}
     assert values["Anomaly score"] == 4.5
     assert values["Threshold of the anomaly score"] == 3.0
-    assert [group.get_measurements()[0].value for group in slices] == pytest.approx(
-        [found.slice_scores[index] for index in found.worst]
-    )
-    for group, index in zip(slices, found.worst, strict=True):
+    worst = result.worst(2)
+    assert [group.get_measurements()[0].value for group in slices] == pytest.approx([named.score for named in worst])
+    for group, index in zip(slices, [named.index for named in worst], strict=True):
         [reference] = group.source_images
         source = sources[index] if len(sources) > 1 else sources[0]
         assert reference.referenced_sop_instance_uid == source.SOPInstanceUID
@@ -133,16 +148,13 @@ def test_the_segmentation_refers_to_its_sources_and_its_algorithm(written):
 
 
 def test_an_empty_mask_is_a_segmentation_too(tmp_path):
-    files = series(tmp_path / "in")
-    found = findings(read_volume(files).pixels.shape[:0:-1])._replace(threshold=100.0)
-    write_objects(tmp_path / "a", files, found, ALGORITHM)
+    write(tmp_path / "a", series(tmp_path / "in"), threshold=100.0)
     mask = hd.seg.segread(tmp_path / "a_seg.dcm").get_volume(combine_segments=True)
     assert mask.array.shape[0] == 6 and not mask.array.any()
 
 
 def test_results_are_no_input(tmp_path):
-    files = series(tmp_path / "in")
-    write_objects(tmp_path / "a", files, findings(read_volume(files).pixels.shape[:0:-1]), ALGORITHM)
+    write(tmp_path / "a", series(tmp_path / "in"))
     for file in (*tmp_path.glob("a_*.dcm"), *(tmp_path / "a_overlay").iterdir()):
         with pytest.raises(BundleError, match="is no image to examine"):
             read_volume([file])
@@ -153,9 +165,7 @@ def test_results_are_no_input(tmp_path):
 def test_each_frame_refers_to_its_source_even_where_positions_are_rounded(tmp_path, size, form):
     files = series(tmp_path / "in", change=jittered(size))
     files = files if form == "classic" else [enhanced_of(files, tmp_path / "enhanced")]
-    volume = read_volume(files)
-    found = findings(volume.pixels.shape[:0:-1])
-    write_objects(tmp_path / "a", files, found, ALGORITHM)
+    volume, result = write(tmp_path / "a", files)
     sources = read_headers(files)
     for name in ("a_seg.dcm", "a_heatmap.dcm"):
         written_object = dcmread(tmp_path / name)
@@ -169,7 +179,7 @@ def test_each_frame_refers_to_its_source_even_where_positions_are_rounded(tmp_pa
             if form == "enhanced":
                 assert source.ReferencedFrameNumber == volume.instances[index]
     mask, _ = as_xyz(hd.seg.segread(tmp_path / "a_seg.dcm").get_volume(combine_segments=True, rtol=0.05))
-    np.testing.assert_array_equal(mask.T, found.anomaly_map > THRESHOLD)
+    np.testing.assert_array_equal(mask, result.mask)
 
 
 HEADERS = {
@@ -203,7 +213,7 @@ def test_headers_as_hospitals_have_them_get_results(tmp_path, name, capsys, capl
 
     files = series(tmp_path / "in", change=change)
     capsys.readouterr(), caplog.clear()
-    write_objects(tmp_path / "a", files, findings(read_volume(files).pixels.shape[:0:-1]), ALGORITHM)
+    write(tmp_path / "a", files)
     assert "Secret" not in caplog.text + "".join(capsys.readouterr())
     for file in (*tmp_path.glob("a_*.dcm"), tmp_path / "a_overlay" / "IM0001.dcm"):
         written_object = dcmread(file)
@@ -220,9 +230,7 @@ def test_every_object_tells_the_hashes_of_weights_and_model(written):
 
 
 def test_a_model_without_threshold_does_not_judge(tmp_path):
-    files = series(tmp_path / "in")
-    found = findings(read_volume(files).pixels.shape[:0:-1])._replace(image_threshold=np.inf)
-    write_objects(tmp_path / "a", files, found, ALGORITHM)
+    write(tmp_path / "a", series(tmp_path / "in"), image_threshold=np.inf)
     study, *_ = hd.sr.srread(tmp_path / "a_report.dcm").content.get_image_measurement_groups()
     assert not study.get_qualitative_evaluations()
 
@@ -237,4 +245,10 @@ def test_images_without_a_position_get_no_objects(tmp_path):
     files = write_series(images, tmp_path / "in")
     assert read_volume(files).pixels.shape == (1, 24, 20, 1)
     with pytest.raises(BundleError, match="has no position in a patient"):
-        write_objects(tmp_path / "a", files, findings((1, 20, 24))._replace(worst=[0]), ALGORITHM)
+        write(tmp_path / "a", files)
+
+
+def test_the_report_names_no_slices_where_the_network_saw_those_of_another_plane(tmp_path):
+    write(tmp_path / "a", series(tmp_path / "in"), slice_axis=0)
+    groups = hd.sr.srread(tmp_path / "a_report.dcm").content.get_image_measurement_groups()
+    assert len(groups) == 1

@@ -1,7 +1,9 @@
 """DICOM files to volumes: any order, compression and class of image; what is no regular volume is refused by name."""
 
+import copy
 import json
 import logging
+import pickle
 import random
 
 import nibabel as nib
@@ -272,10 +274,38 @@ def test_headers_come_in_the_order_of_the_slices(tmp_path):
     files = series(tmp_path / "s", AFFINES["flipped"])
     random.Random(0).shuffle(files)
     volume, headers = read_volume(files), read_headers(files)
-    assert [str(header.filename) for header in headers] == list(map(str, volume.files))
+    assert [str(header.filename) for header in headers] == list(map(str, volume.files.paths))
     for index, header in enumerate(headers):
         x, y, z = header.ImagePositionPatient
         np.testing.assert_allclose((volume.affine @ [0, 0, index, 1])[:3], [-x, -y, z], atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["classic", "enhanced", "compressed", "plain picture"])
+def test_headers_come_along_with_the_pixels_as_if_read_alone(tmp_path, form):
+    files = series(tmp_path / "s", AFFINES["oblique"])
+    if form == "enhanced":
+        files = [enhanced_of(files, tmp_path / "e")]
+    elif form == "compressed":
+        files = [get_testdata_file("MR_small_RLE.dcm")]
+    elif form == "plain picture":
+        files = [get_testdata_file("SC_rgb_rle.dcm")]
+    came, expected = read_volume(files).files.headers(), read_headers(files)
+    for one, other in zip(came, expected, strict=True):
+        assert one.file_meta == other.file_meta
+        assert (one.filename, one.original_encoding) == (str(other.filename), other.original_encoding)
+        one.decode(), other.decode()
+        assert one == other
+
+
+def test_headers_stay_in_this_process_and_out_of_sight(tmp_path, monkeypatch):
+    image = LoadCased("image")({"image": series(tmp_path / "s")})["image"]
+    assert "Secret" not in repr(image.meta)
+    packed = pickle.dumps(image)
+    assert b"Secret" not in packed
+    again = pickle.loads(packed).meta["files"]
+    assert [str(header.PatientName) for header in again.headers()] == ["Secret^p1"] * 6
+    monkeypatch.setattr("bundle.dicom.series.dcmread", None)  # nothing is read again
+    assert copy.deepcopy(image).meta["files"].headers() is image.meta["files"].headers()
 
 
 def test_slices_are_cut_as_they_were_acquired(tmp_path):

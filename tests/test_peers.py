@@ -11,7 +11,7 @@ from torch import nn
 
 from bundle.checkpoint import load_checkpoint, save_checkpoint
 from bundle.compute import Compute
-from bundle.data.stream import Slice, Study
+from bundle.data.stream import CaseInProgress, Slice
 from bundle.errors import BundleError
 from scripts.benchmarks.peers import NearestNeighborPeer, PadimPeer, PatchCorePeer, PeerDetector
 
@@ -138,8 +138,8 @@ def test_the_features_of_the_bundle_go_in(anomalib, features, peer_class):
 
 
 def slices(count, generator):
-    study = Study({}, 0, count)
-    return [Slice(image, study) for image in torch.rand(count, 1, 64, 64, generator=generator)]
+    case = CaseInProgress({}, 0, count)
+    return [Slice(image, case) for image in torch.rand(count, 1, 64, 64, generator=generator)]
 
 
 @pytest.mark.parametrize("name", ["patchcore", "padim", "nearest_neighbor"])

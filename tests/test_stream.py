@@ -28,7 +28,7 @@ CASES = [case("a", 3), case("b", 1), case("c", 5, size=(64, 64)), case("d", 1, c
 def test_batches_are_filled_across_cases(detector):
     batches = list(SliceBatches(Dataset(CASES), detector.resize, batch_size=4))
     assert [len(batch) for batch in batches] == [4, 4, 2, 1]  # gray, gray, the gray rest, the color one
-    assert {one.study.item["name"] for one in batches[0]} == {"a", "b"}
+    assert {of.item["name"] for _, of in batches[0]} == {"a", "b"}
     assert all(one.image.shape[-2:] == (64, 64) for batch in batches for one in batch)
 
 
@@ -39,7 +39,7 @@ def test_an_evaluator_gives_every_case_what_it_gets_alone(batch_size, detector):
         device="cpu",
         val_data_loader=SliceBatches(Dataset(CASES), detector.resize, batch_size),
         network=detector,
-        inferer=SliceBatchInferer(detailed=True),
+        inferer=SliceBatchInferer(),
         iteration_update=detect_slices,
         decollate=False,
         postprocessing=lambda data: data | {"seen": True},
@@ -52,14 +52,15 @@ def test_an_evaluator_gives_every_case_what_it_gets_alone(batch_size, detector):
     evaluator.run()
     assert set(found) == set("abcde")
     for one in CASES:
-        alone = SliceBatchInferer(detailed=True)(one["image"][None], detector)
+        alone = SliceBatchInferer()(one["image"][None], detector)
         together = found[one["name"]]
         assert together["seen"]
         assert together["label"] == 0
         torch.testing.assert_close(
             together["pred"]["map"].as_tensor(), alone["map"][0].as_tensor(), atol=1e-4, rtol=1e-4
         )
-        torch.testing.assert_close(together["pred"]["score"], alone["score"][0], atol=1e-4, rtol=1e-4)
+        for key in ("slice_scores", "slice_counts"):
+            torch.testing.assert_close(together["pred"][key], alone[key][0], atol=1e-4, rtol=1e-4)
         assert together["pred"]["map"].shape[1:] == one["image"].shape[1:]
 
 

@@ -89,11 +89,11 @@ class EmbeddingDataset(Dataset[Tensor]):
         ) as bar:
             for batch in batches:
                 with torch.inference_mode(), compute.autocast():
-                    embeddings = detector.embed(torch.stack([one.image for one in batch])).float().cpu()
-                for (_, study), values in zip(batch, embeddings, strict=True):
-                    study.results.append(values)
-                    if study.complete:
-                        self.store.add(missing[study.position][0], torch.stack(study.results))
+                    embeddings = detector.embed(torch.stack([image for image, _ in batch])).float().cpu()
+                for (_, case), values in zip(batch, embeddings, strict=True):
+                    case.done.append(values)
+                    if case.complete:
+                        self.store.add(missing[case.position][0], torch.stack(case.done))
                         bar.update()
         self.store.flush()
 

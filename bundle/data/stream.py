@@ -17,33 +17,33 @@ READ_AHEAD = 2  # cases that wait, decoded
 
 
 @dataclass
-class Study:
+class CaseInProgress:
     """A case on its way through the networks, which its slices pass in one or several batches.
 
     Attributes:
         item: what the transform gave: a case, or a list of slices as cases.
         position: in the data set.
         count: of its slices.
-        results: of the slices that are done, in order.
+        done: what the networks say of the slices that have passed them, in order.
     """
 
     item: Any
     position: int
     count: int
-    results: list[Any] = field(default_factory=list)
+    done: list[Any] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
         """Whether all slices are done."""
-        return len(self.results) == self.count
+        return len(self.done) == self.count
 
 
 class Slice(NamedTuple):
-    """One slice of a study."""
+    """One slice of a case."""
 
     image: Tensor
     """[1 or 3, H, W], as ``prepare`` left it."""
-    study: Study
+    case: CaseInProgress
 
 
 class SliceBatches:
@@ -73,10 +73,10 @@ class SliceBatches:
         waiting: dict[int, list[Slice]] = {}  # by number of channels
         for position, item in enumerate(read_ahead(cases, READ_AHEAD)):
             images = slices_of(item)
-            study = Study(item, position, len(images))
+            case = CaseInProgress(item, position, len(images))
             for image in images:
                 batch = waiting.setdefault(len(image), [])
-                batch.append(Slice(self.prepare(image[None])[0], study))
+                batch.append(Slice(self.prepare(image[None])[0], case))
                 if len(batch) == self.batch_size:
                     yield waiting.pop(len(image))
         yield from waiting.values()

@@ -23,7 +23,8 @@ from pydicom.sr.coding import Code
 from pydicom.uid import RLELossless
 from pydicom.valuerep import TM
 
-from bundle.dicom.series import PRODUCT, read_headers, slice_places, volume_geometry
+from bundle.dicom.series import PRODUCT, slice_places, volume_geometry
+from bundle.results import CaseResult, SliceResult
 
 MANUFACTURER = "dinov3_spatial_ar team"
 SCHEME = "99DINOV3AR"  # of the concepts that no public scheme has
@@ -55,50 +56,37 @@ class Algorithm(NamedTuple):
     model: str
 
 
-class Findings(NamedTuple):
-    """What is known of a study, in the order of its slices.
-
-    Attributes:
-        anomaly_map: [slices, rows, columns] float, standard deviations above healthy patches.
-        pictures: [slices, rows, columns, 3] uint8, the slices under their heat map.
-        threshold: of the map; what exceeds it is the mask.
-        score: of the study.
-        image_threshold: of the score.
-        slice_scores: [slices]; empty if the network saw slices of another plane.
-        worst: indices of the slices to name, the worst first.
-    """
-
-    anomaly_map: np.ndarray
-    pictures: np.ndarray
-    threshold: float
-    score: float
-    image_threshold: float
-    slice_scores: Sequence[float] = ()
-    worst: Sequence[int] = ()
-
-
-def write_objects(stem: str | os.PathLike, files: Sequence[Path], found: Findings, algorithm: Algorithm) -> None:
-    """Write all objects of a study: ``STEM_seg.dcm``, ``STEM_heatmap.dcm``, ``STEM_report.dcm``, ``STEM_overlay/``.
+def write_objects(
+    stem: str | os.PathLike,
+    sources: Sequence[Dataset],
+    result: CaseResult,
+    pictures: np.ndarray,
+    algorithm: Algorithm,
+    worst_slices: int = 3,
+) -> None:
+    """Write all objects of a series: ``STEM_seg.dcm``, ``STEM_heatmap.dcm``, ``STEM_report.dcm``, ``STEM_overlay/``.
 
     Args:
         stem: path and first part of the names.
-        files: of the series.
-        found: in the order of :func:`~bundle.dicom.series.read_headers` of ``files``.
-        algorithm: what found it.
+        sources: headers of the series, which are completed in place where something of patient or study is missing.
+        result: with the map on the axes of the series, its slices in the order of ``sources``.
+        pictures: [slices, rows, columns, 3] uint8, the slices under their heat map.
+        algorithm: what found the result.
+        worst_slices: how many slices the report names; none where the network saw those of another plane.
 
     Raises:
         BundleError: if the images have no position in a patient.
     """
-    sources = [_completed(source) for source in read_headers(files)]
-    mask = segmentation(sources, found.anomaly_map > found.threshold, algorithm)
+    sources = [_completed(source) for source in sources]
+    mask = segmentation(sources, result.mask.T, algorithm)
     mask.save_as(MASK_FILE.format(stem))
-    parametric_map(sources, found.anomaly_map, found.threshold, algorithm).save_as(MAP_FILE.format(stem))
-    report(sources, found.score, found.image_threshold, found.slice_scores, found.worst, mask, algorithm).save_as(
-        REPORT_FILE.format(stem)
-    )
+    anomaly_map = result.restored.values.T
+    parametric_map(sources, anomaly_map, result.threshold, algorithm).save_as(MAP_FILE.format(stem))
+    worst = result.worst(worst_slices) if result.shows_stored_slices else []
+    report(sources, result, worst, mask, algorithm).save_as(REPORT_FILE.format(stem))
     folder = Path(OVERLAY_FOLDER.format(stem))
     folder.mkdir()
-    for number, image in enumerate(overlay_series(sources, found.pictures, algorithm), start=1):
+    for number, image in enumerate(overlay_series(sources, pictures, algorithm), start=1):
         image.save_as(folder / OVERLAY_FILE.format(number))
 
 
@@ -229,24 +217,21 @@ def overlay_series(sources: Sequence[Dataset], pictures: np.ndarray, algorithm: 
 
 def report(
     sources: Sequence[Dataset],
-    score: float,
-    image_threshold: float,
-    slice_scores: Sequence[float],
-    worst: Sequence[int],
+    result: CaseResult,
+    worst: Sequence[SliceResult],
     mask: Dataset,
     algorithm: Algorithm,
 ) -> sr.ComprehensiveSR:
-    """A structured report (TID 1500) of the study's score and its worst slices.
+    """A structured report (TID 1500) of the score and the worst slices.
 
     Args:
         sources: of the slices.
-        score: of the study, standard deviations above the mean of healthy images.
-        image_threshold: of the score.
-        slice_scores: [slices].
-        worst: indices of the slices to name, the worst first.
+        result: with score and threshold.
+        worst: the slices to name, the worst first.
         mask: the segmentation, as evidence.
-        algorithm: what found it.
+        algorithm: what found the result.
     """
+    score, image_threshold = result.score, result.image_threshold
     identification = sr.AlgorithmIdentification(
         name=PRODUCT,
         version=algorithm.version,
@@ -269,14 +254,12 @@ def report(
     places = slice_places(sources)
     slices = [
         sr.MeasurementsAndQualitativeEvaluations(
-            tracking_identifier=sr.TrackingIdentifier(hd.UID(), _shown_as(*places[index])),
-            source_images=[_source_image(*places[index])],
+            tracking_identifier=sr.TrackingIdentifier(hd.UID(), _shown_as(*places[named.index])),
+            source_images=[_source_image(*places[named.index])],
             algorithm_id=identification,
-            measurements=[
-                sr.Measurement(name=SLICE_SCORE, value=float(slice_scores[index]), unit=codes.UCUM.NoUnits),
-            ],
+            measurements=[sr.Measurement(name=SLICE_SCORE, value=named.score, unit=codes.UCUM.NoUnits)],
         )
-        for index in worst
+        for named in worst
     ]
     observer = sr.ObserverContext(
         observer_type=codes.DCM.Device,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pydicom.config
-from pydicom import Dataset, dcmread
+from pydicom import Dataset, FileDataset, dcmread
 from pydicom.uid import UID
 
 from bundle.errors import BundleError
@@ -41,6 +41,7 @@ _HEADER = [
 # objects with pixels that are results or doses, not images of a patient
 _DERIVED_MODALITIES = ("SEG", "RTDOSE")
 _PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
+_FIRST_OF_PIXELS = 0x7FE00008  # tag
 _PIXELS: dict[str, Any] = {"dtype": np.float32, "apply_real_world_transform": False}
 
 # what these say of a file holds values of its header, which may be the patient's; errors come as one line from here
@@ -56,6 +57,45 @@ class NoImageError(BundleError):
     """A sound DICOM object that is no image to examine: a report, a result, a localizer."""
 
 
+class SeriesFiles:
+    """The files of a series in the order of its slices, and the headers that were read with their pixels.
+
+    Made to travel in the ``meta`` of an image, so that results can refer to its headers without reading them anew. What
+    headers hold of the patient stays in this process: a copy is the object itself, neither its text nor its pickle has
+    a header; where there is none, :meth:`headers` reads the files.
+
+    Args:
+        paths: in order; the one file of a multi-frame image.
+        headers: of the files, without pixels; None: not read yet.
+    """
+
+    def __init__(self, paths: Sequence[Path], headers: list[Dataset] | None = None) -> None:
+        self.paths = list(paths)
+        self._headers = headers
+
+    def headers(self) -> list[Dataset]:
+        """The headers, as :func:`read_headers` gives them.
+
+        Raises:
+            BundleError: if they have to be read and cannot be.
+        """
+        if self._headers is None:
+            self._headers = read_headers(self.paths)
+        return self._headers
+
+    def __copy__(self) -> SeriesFiles:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SeriesFiles:
+        return self
+
+    def __reduce__(self) -> tuple[type[SeriesFiles], tuple[list[Path]]]:
+        return SeriesFiles, (self.paths,)
+
+    def __repr__(self) -> str:
+        return f"SeriesFiles({[str(path) for path in self.paths]})"
+
+
 class DicomVolume(NamedTuple):
     """What a series holds.
 
@@ -63,7 +103,7 @@ class DicomVolume(NamedTuple):
         pixels: [C, x, y, slices] float32, C = 1 or 3, after rescale slope and intercept; padding is the lowest value.
         affine: [4, 4], from voxel indices to mm in RAS.
         modality: ``MR``, ``CT``, ...
-        files: of the slices, in order; the one file of a multi-frame image.
+        files: of the slices, with their headers.
         instances: InstanceNumber of every slice, in order; the frame number for multi-frame images.
         positioned: whether the affine is a place in a patient.
     """
@@ -71,7 +111,7 @@ class DicomVolume(NamedTuple):
     pixels: np.ndarray
     affine: np.ndarray
     modality: str
-    files: list[Path]
+    files: SeriesFiles
     instances: list[int]
     positioned: bool = True
 
@@ -139,7 +179,7 @@ def read_headers(files: Sequence[Path]) -> list[Dataset]:
     Raises:
         BundleError: if they are no volume.
     """
-    datasets = [_read(file, stop_before_pixels=True) for file in files]
+    datasets: list[Dataset] = [_read(file, stop_before_pixels=True) for file in files]
     if len(datasets) == 1 or not _have_positions(datasets):
         return datasets
     return [datasets[index] for index in _stack(datasets).order]
@@ -161,26 +201,27 @@ def read_volume(files: Sequence[Path]) -> DicomVolume:
     datasets = [_read(Path(file)) for file in files]
     if not datasets:
         raise BundleError("a DICOM series has no file: give a folder with a series")
-    first = datasets[0]
+    headers = [_header_of(dataset) for dataset in datasets]  # decoding changes datasets
+    first = headers[0]
     modality = str(first.get("Modality", "")).strip()
-    if not _have_positions(datasets):
-        count = max(len(datasets), _frames(first))
+    if not _have_positions(headers):
+        count = max(len(headers), _frames(first))
         if count > 1:
-            raise BundleError(f"'{_place(datasets)}' has {count} images without positions: give them one by one")
+            raise BundleError(f"'{_place(headers)}' has {count} images without positions: give them one by one")
         columns, rows = _reading(first, _side_of_pixels)
         affine = np.diag([-columns, -rows, 1.0, 1.0])
-        return DicomVolume(
-            _to_xyz(_without_padding(_frames_of(first))), affine, modality, _files(datasets), [1], positioned=False
-        )
-    order, affine = _stack(datasets)
+        pixels = _to_xyz(_without_padding(_frames_of(datasets[0])))
+        return DicomVolume(pixels, affine, modality, _with_headers(headers), [1], positioned=False)
+    order, affine = _stack(headers)
     if _is_multi_frame(first):
-        array = _frames_of(first)[order]
+        array = _frames_of(datasets[0])[order]
         instances = [index + 1 for index in order]
     else:
-        datasets = [datasets[index] for index in order]
-        array = np.concatenate([_frames_of(dataset) for dataset in datasets])
-        instances = [_number(dataset, "InstanceNumber", index) for index, dataset in enumerate(datasets, start=1)]
-    return DicomVolume(_to_xyz(_without_padding(array)), LPS_TO_RAS @ affine, modality, _files(datasets), instances)
+        headers = [headers[index] for index in order]
+        array = np.concatenate([_frames_of(datasets[index]) for index in order])
+        instances = [_number(header, "InstanceNumber", index) for index, header in enumerate(headers, start=1)]
+    pixels = _to_xyz(_without_padding(array))
+    return DicomVolume(pixels, LPS_TO_RAS @ affine, modality, _with_headers(headers), instances)
 
 
 def volume_geometry(sources: Sequence[Dataset]) -> hd.VolumeGeometry:
@@ -212,7 +253,7 @@ def slice_places(sources: Sequence[Dataset]) -> list[tuple[Dataset, int | None]]
     return [(source, None) for source in sources]
 
 
-def _read(file: Path, stop_before_pixels: bool = False) -> Dataset:
+def _read(file: Path, stop_before_pixels: bool = False) -> FileDataset:
     """One file.
 
     Raises:
@@ -259,8 +300,8 @@ def _stack(datasets: Sequence[Dataset]) -> _Stack:
     first = planes[0]
     sizes = sorted({(dataset.Rows, dataset.Columns) for dataset in datasets})
     if len(sizes) > 1:
-        found = " and ".join(f"{rows} x {columns}" for rows, columns in sizes[:3])
-        raise BundleError(f"'{place}' mixes slices of size {found}: separate them")
+        listed = " and ".join(f"{rows} x {columns}" for rows, columns in sizes[:3])
+        raise BundleError(f"'{place}' mixes slices of size {listed}: separate them")
     for plane in planes:
         if not np.allclose(plane.spacing, first.spacing, rtol=SIDE_TOLERANCE):
             raise BundleError(
@@ -419,8 +460,18 @@ def _without_pixels(place: Any) -> BundleError:
     )
 
 
-def _files(datasets: Sequence[Dataset]) -> list[Path]:
-    return [Path(str(dataset.filename)) for dataset in datasets]
+def _header_of(dataset: FileDataset) -> Dataset:
+    """What :func:`pydicom.dcmread` gives if it stops before the pixels; elements that both have are shared."""
+    implicit, little = map(bool, dataset.original_encoding)
+    header = FileDataset(
+        str(dataset.filename), dataset[:_FIRST_OF_PIXELS], dataset.preamble, dataset.file_meta, implicit, little
+    )
+    header.set_original_encoding(implicit, little, dataset.original_character_set)
+    return header
+
+
+def _with_headers(headers: list[Dataset]) -> SeriesFiles:
+    return SeriesFiles([Path(str(header.filename)) for header in headers], headers)
 
 
 def _place(datasets: Sequence[Dataset]) -> Path:

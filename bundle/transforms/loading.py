@@ -18,7 +18,7 @@ from monai.transforms import MapTransform
 from PIL import Image
 from pydicom.misc import is_dicom
 
-from bundle.dicom.series import group_series, read_headers, read_volume, volume_geometry
+from bundle.dicom.series import SeriesFiles, group_series, read_volume, volume_geometry
 from bundle.errors import BundleError
 from bundle.files import DICOM_SUFFIXES, FLAT_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, Source, files_of
 from bundle.transforms.axes import turn_between, turned
@@ -61,7 +61,7 @@ class RequireDicomd(MapTransform):
             if "files" not in meta:
                 place = meta["filename_or_obj"]
                 raise BundleError(f"write_dicom needs DICOM images, but '{place}' is none: leave it off, or give DICOM")
-            volume_geometry(read_headers([Path(file) for file in meta["files"]]))
+            volume_geometry(meta["files"].headers())
         return dict(data)
 
 
@@ -72,7 +72,7 @@ class _Pixels(NamedTuple):
     affine: np.ndarray
     modality: str = ""
     slice_axis: int | None = None
-    files: tuple[str, ...] = ()
+    files: SeriesFiles | None = None
     instances: tuple[int, ...] = ()
 
 
@@ -83,8 +83,8 @@ class LoadCased(MapTransform):
     :class:`~bundle.transforms.OrientSlicesd` for the order that the networks see. ``meta`` holds ``modality``
     (``"8bit"`` for 8-bit images, the DICOM modality, or ``""``), ``slice_axis`` (of x, y, slices, the one along which
     slices were acquired: see :func:`acquisition_axis`; None for images without geometry), of a DICOM series its
-    ``files`` and the ``instances`` (InstanceNumber) of its slices, and the affine in mm, where pictures have pixels of
-    side 1.
+    ``files`` (:class:`~bundle.dicom.series.SeriesFiles`) and the ``instances`` (InstanceNumber) of its slices, and the
+    affine in mm, where pictures have pixels of side 1.
 
     Args:
         keys: what to load: see :data:`bundle.files.Source`.
@@ -142,13 +142,13 @@ def load_case(source: Source, channel: int | None = None) -> MetaTensor:
     place = str(files[0] if len(files) == 1 else Path(files[0]).parent)
     name = place.lower()
     if len(files) == 1 and name.endswith(NIFTI_SUFFIXES):
-        found = _read(place, _read_nifti, place, channel)
+        pixels = _read(place, _read_nifti, place, channel)
     elif len(files) == 1 and name.endswith(FLAT_SUFFIXES):
-        found = _read(place, _read_picture, place)
+        pixels = _read(place, _read_picture, place)
     else:
-        found = _read(place, _read_dicom, [Path(file) for file in files])
-    values = torch.from_numpy(found.values)
-    across = 2 if found.slice_axis is None else found.slice_axis
+        pixels = _read(place, _read_dicom, [Path(file) for file in files])
+    values = torch.from_numpy(pixels.values)
+    across = 2 if pixels.slice_axis is None else pixels.slice_axis
     sides = [side for axis, side in enumerate(values.shape[1:]) if axis != across]
     if min(sides) < MIN_SIDE:
         raise BundleError(
@@ -156,11 +156,11 @@ def load_case(source: Source, channel: int | None = None) -> MetaTensor:
         )
     if not torch.isfinite(values).all():
         raise BundleError(f"'{place}' holds NaN or infinite pixels: clean it, or skip such files with --on_error skip")
-    # of the header nothing else is kept: the rest of a DICOM header is about the patient
-    meta: dict[str, Any] = {"filename_or_obj": place, "modality": found.modality, "slice_axis": found.slice_axis}
-    if found.files:
-        meta |= {"files": found.files, "instances": found.instances}
-    return MetaTensor(values, affine=torch.from_numpy(found.affine), meta=meta)
+    # of the header nothing else is open to see: the rest of a DICOM header is about the patient
+    meta: dict[str, Any] = {"filename_or_obj": place, "modality": pixels.modality, "slice_axis": pixels.slice_axis}
+    if pixels.files is not None:
+        meta |= {"files": pixels.files, "instances": pixels.instances}
+    return MetaTensor(values, affine=torch.from_numpy(pixels.affine), meta=meta)
 
 
 def acquisition_axis(spacing: Sequence[float], told: int | None = None) -> int:
@@ -245,7 +245,7 @@ def _read_dicom(files: list[Path]) -> _Pixels:
         volume.affine,
         volume.modality,
         2 if volume.positioned else None,
-        tuple(map(str, volume.files)),
+        volume.files,
         tuple(volume.instances),
     )
 

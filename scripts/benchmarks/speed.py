@@ -335,7 +335,7 @@ def file_to_map(setting: Setting, detector: Any, compute: Compute) -> Callable[[
     inferer = SliceBatchInferer(max(setting.batch_sizes), compute=compute)
 
     def run(files: list[str]) -> np.ndarray:
-        return inferer(load_images(files, setting.device), detector).cpu().numpy()
+        return inferer(load_images(files, setting.device), detector)["map"].cpu().numpy()
 
     return run
 

@@ -22,7 +22,15 @@ ROOT = Path(__file__).parents[3]
 APPLICATION = Path(__file__).with_name("application")
 CONFIGS = ROOT / "configs"
 # of this bundle, what reads and writes DICOM and paints overlays; networks and transforms are in model.ts
-MODULES = ("__init__.py", "errors.py", "figures.py", "dicom/__init__.py", "dicom/series.py", "dicom/objects.py")
+MODULES = (
+    "__init__.py",
+    "errors.py",
+    "figures.py",
+    "results.py",
+    "dicom/__init__.py",
+    "dicom/series.py",
+    "dicom/objects.py",
+)
 
 
 def make_application(

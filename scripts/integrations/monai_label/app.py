@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from monailabel.utils.others.generic import device_list
 from bundle import NAME, __version__
 from bundle.errors import BundleError, user_error
 from bundle.files import NIFTI_SUFFIXES, is_flat
-from bundle.outputs import slice_rows
+from bundle.results import CaseResult
 
 HEALTHY = "healthy"  # tag of empty labels of DICOM series, which DICOM SEG cannot hold
 UNPROCESSABLE = 422
@@ -123,18 +123,16 @@ class AnomalyInfer(BundleInferTask):
         return [*super().post_transforms(data), self._cut]
 
     def _cut(self, data: dict[str, Any]) -> dict[str, Any]:
-        detector = self._get_network(data["device"], data)
-        anomaly_map: MetaTensor = data["pred_map_restored"].cpu()
-        mask = (anomaly_map > detector.threshold.cpu())[0].to(torch.uint8)
+        result = CaseResult.from_output(data, self._get_network(data["device"], data))
+        values = torch.from_numpy(result.mask.astype(np.uint8))
+        mask = MetaTensor(values, meta=data["pred_map_restored"].meta)
         data[self.output_label_key] = mask[..., 0] if is_flat(data["image_path"]) else mask
-        slices = sorted(slice_rows({**data, "name": data["image_path"]}, data), key=itemgetter("slice"))
-        counting = sorted((row for row in slices if row["counts"]), key=itemgetter("rank"))
         data[self.output_json_key] = {
-            "score": float(data["pred_score"]),
-            "image_threshold": float(detector.image_threshold),
-            "threshold": float(detector.threshold),
-            "worst_slices": [row["slice"] for row in counting[: self.bundle_config["worst_slices"]]],
-            "slice_scores": [row["score"] for row in slices],
+            "score": result.score,
+            "image_threshold": result.image_threshold,
+            "threshold": result.threshold,
+            "worst_slices": [named.index for named in result.worst(self.bundle_config["worst_slices"])],
+            "slice_scores": [one.score for one in sorted(result.slices, key=attrgetter("index"))],
         }
         return data
 

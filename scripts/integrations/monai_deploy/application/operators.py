@@ -21,10 +21,11 @@ from pydicom import Dataset
 from pydicom.misc import is_dicom
 
 from bundle import __version__
-from bundle.dicom.objects import Algorithm, Findings, write_objects
+from bundle.dicom.objects import Algorithm, write_objects
 from bundle.dicom.series import NoImageError, group_series, read_headers, read_volume
 from bundle.errors import BundleError
-from bundle.figures import blend
+from bundle.figures import blend_slices
+from bundle.results import CaseResult, RestoredMap
 
 STUDIES = "dicom_study_list"
 SELECTED = "study_selected_series_list"
@@ -174,52 +175,47 @@ class ResultWriter(Operator):
         """Write the objects."""
         series = op_input.receive(SELECTED)[0].selected_series[0].series
         model = self.context.models.get()
-        findings = as_findings({name: op_input.receive(name) for name in FOUND}, model.predictor, self.worst_slices)
+        found = {name: op_input.receive(name) for name in FOUND}
+        result = as_result(found, model.predictor)
+        sources = read_headers(files_of(series))
+        pictures = blend_slices(found["shown"], result.restored.values, result.threshold)
         output = Path(self.context.output_path)
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as folder:
-            write_objects(Path(folder) / STEM, files_of(series), findings, algorithm_of(model))
+            write_objects(Path(folder) / STEM, sources, result, pictures, algorithm_of(model), self.worst_slices)
             for item in sorted(Path(folder).iterdir()):
                 target = output / item.name
                 if target.is_dir():
                     shutil.rmtree(target)
                 os.replace(item, target)
-        logger.info("score %.2f, image threshold %.2f", findings.score, findings.image_threshold)
+        logger.info("score %.2f, image threshold %.2f", result.score, result.image_threshold)
 
 
-def as_findings(found: dict[str, Any], study_detector: Any, worst_slices: int) -> Findings:
-    """What ``model.ts`` gave, in the order of the series.
+def as_result(found: dict[str, Any], study_detector: Any) -> CaseResult:
+    """What ``model.ts`` gave.
 
     Args:
-        found: by names in :data:`FOUND`, on the axes [x, y, slices].
+        found: by names in :data:`FOUND`, on the axes [C, x, y, slices] of the series; of scores and counts all axes but
+            that of the network's slices have length 1.
         study_detector: the scripted :class:`~scripts.integrations.monai_deploy.study.StudyDetector`, for the
             thresholds.
-        worst_slices: how many the report names.
 
     Raises:
         BundleError: if the map is not finite.
     """
-    threshold = float(study_detector.detector.threshold)
-    anomaly_map = found["map"][0].T
+    anomaly_map, scores = found["map"], found["slice_scores"][0]
     if not np.isfinite(anomaly_map).all():
         raise BundleError("the anomaly map is not finite: make model.ts anew, from another checkpoint")
-    images = found["shown"].T  # [slices, rows, columns, C]
-    pictures = [
-        blend(image.squeeze(-1) if image.shape[-1] == 1 else image, values, threshold)
-        for image, values in zip(images, anomaly_map, strict=True)
-    ]
-    scores, counts = found["slice_scores"][0].T, found["slice_counts"][0].T
-    order: list[int] = []
-    if len(scores) == scores.size:  # the network saw the slices of the series, not those of another plane
-        order = [int(index) for index in np.argsort(-scores.ravel(), kind="stable") if counts.ravel()[index]]
-    return Findings(
-        anomaly_map,
-        np.stack(pictures),
-        threshold,
-        float(found["score"]),
-        float(study_detector.detector.image_threshold),
-        scores.ravel().tolist() if order else (),
-        order[:worst_slices],
+    axis = 2 if scores.shape[2] == scores.size else int(np.argmax(scores.shape))
+    return CaseResult(
+        name=STEM,
+        path="",
+        anomaly_map=np.moveaxis(anomaly_map, axis + 1, -1),
+        slice_scores=scores.ravel(),
+        slice_counts=found["slice_counts"].ravel() > 0,
+        threshold=float(study_detector.detector.threshold),
+        image_threshold=float(study_detector.detector.image_threshold),
+        on_file=RestoredMap(anomaly_map[0], axis, tuple(range(scores.size))),
     )
 
 

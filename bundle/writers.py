@@ -1,0 +1,212 @@
+"""The formats in which results of a case are written: one class each, and one row in :data:`WRITERS`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import nibabel as nib
+import numpy as np
+from monai.data import MetaTensor
+from PIL import Image, PngImagePlugin
+
+from bundle import __version__
+from bundle.errors import BundleError
+from bundle.figures import blend_slices, heat, overlay, picture
+from bundle.files import NIFTI_SUFFIXES, content_key, is_flat
+from bundle.networks.detector import Detector
+from bundle.provenance import model_words
+from bundle.results import CaseResult
+
+if TYPE_CHECKING:  # highdicom is not everywhere
+    from bundle.dicom.objects import Algorithm
+
+_TIFF_DESCRIPTION = 270
+_FORM_FIELDS = (
+    "qform_code",
+    "sform_code",
+    "quatern_b",
+    "quatern_c",
+    "quatern_d",
+    "qoffset_x",
+    "qoffset_y",
+    "qoffset_z",
+    "srow_x",
+    "srow_y",
+    "srow_z",
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What the outputs of a run have in common.
+
+    Attributes:
+        detector: which found the results.
+        data: the data set in words.
+        model_file: of the detector; DICOM objects tell its hash.
+        preprocessing: of the images; its inverse brings them back to the axes of their files.
+        write_dicom: whether DICOM objects are wanted.
+        worst_slices: how many slices are named.
+    """
+
+    detector: Detector
+    data: str
+    model_file: str | os.PathLike = ""
+    preprocessing: Any = None
+    write_dicom: bool = False
+    worst_slices: int = 3
+
+    @cached_property
+    def model(self) -> str:
+        """The detector in words."""
+        return model_words(self.detector.describe())
+
+
+class Writer(ABC):
+    """One format of results.
+
+    Args:
+        settings: of the run.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]]
+    """Of all that it may write: files and folders ``STEM + suffix``."""
+
+    def __init__(self, settings: OutputSettings) -> None:
+        self.settings = settings
+
+    def applies(self, result: CaseResult) -> bool:
+        """Whether ``result`` is to be written in this format; to all, unless a writer says otherwise."""
+        return True
+
+    @abstractmethod
+    def write(self, stem: Path, result: CaseResult, image: MetaTensor) -> None:
+        """Write one result.
+
+        Args:
+            stem: path and first part of the names.
+            result: of the case.
+            image: [C, rows, columns, slices] in [0, 1], as the network saw it, with what was done to it.
+
+        Raises:
+            BundleError: if it cannot be written in this format.
+        """
+
+
+class PictureWriter(Writer):
+    """Map (32-bit float) and mask (0 or 255) of a flat image."""
+
+    suffixes = ("_map.tiff", "_mask.png")
+
+    def applies(self, result: CaseResult) -> bool:
+        """Whether the image is flat."""
+        return is_flat(result.path)
+
+    def write(self, stem: Path, result: CaseResult, image: MetaTensor) -> None:
+        """Write both; pictures have rows first, MONAI's axes x first."""
+        Image.fromarray(result.restored.values[..., 0].T.astype(np.float32)).save(
+            f"{stem}_map.tiff", tiffinfo={_TIFF_DESCRIPTION: self.settings.model}
+        )
+        note = PngImagePlugin.PngInfo()
+        note.add_text("Description", self.settings.model)
+        Image.fromarray(result.mask[..., 0].T.astype(np.uint8) * 255).save(f"{stem}_mask.png", pnginfo=note)
+
+
+class NiftiWriter(Writer):
+    """Map (float), mask (0 or 1) and heat map (0 to 255, 128 is the threshold) on the grid of a volume."""
+
+    suffixes = ("_map.nii.gz", "_mask.nii.gz", "_heatmap.nii.gz")
+
+    def applies(self, result: CaseResult) -> bool:
+        """Whether the image has a place in space."""
+        return not is_flat(result.path)
+
+    def write(self, stem: Path, result: CaseResult, image: MetaTensor) -> None:
+        """Write all three, with the geometry that the header of a NIfTI image tells."""
+        original: Any = nib.load(result.path) if result.path.lower().endswith(NIFTI_SUFFIXES) else None
+        anomaly_map = result.restored.values
+        gray_levels = np.round(255 * heat(anomaly_map, result.threshold))
+        for name, values in (
+            ("map", anomaly_map.astype(np.float32)),
+            ("mask", result.mask.astype(np.uint8)),
+            ("heatmap", gray_levels.astype(np.uint8)),
+        ):
+            flat = original is not None and original.ndim == 2
+            written = nib.Nifti1Image(values[..., 0] if flat else values, result.restored.affine)
+            written.header.set_xyzt_units("mm")
+            if original is not None and isinstance(original.header, nib.Nifti1Header):
+                _take_geometry(written.header, original.header)
+            written.header["descrip"] = self.settings.model[:79]
+            nib.save(written, f"{stem}_{name}.nii.gz")
+
+
+class OverlayWriter(Writer):
+    """A picture of the most anomalous slice, beside itself under its heat map."""
+
+    suffixes = ("_overlay.png",)
+
+    def write(self, stem: Path, result: CaseResult, image: MetaTensor) -> None:
+        """Write the picture, with the score in words."""
+        worst = result.slices[result.worst_position]
+        instance = f" (instance {worst.instance})" if worst.instance else ""
+        place = f" slice {worst.index}{instance}" if len(result.slices) > 1 else ""
+        overlay(
+            picture(image.as_tensor(), worst.position),
+            result.anomaly_map[0, ..., worst.position],
+            result.threshold,
+            f"{result.name}{place}: score {result.score:.2f}, threshold {result.threshold:.2f}. {self.settings.model}. "
+            f"{self.settings.data}",
+        ).save(f"{stem}_overlay.png")
+
+
+class DicomWriter(Writer):
+    """The objects of :func:`bundle.dicom.objects.write_objects`, of DICOM images, if they are wanted."""
+
+    suffixes = ("_seg.dcm", "_heatmap.dcm", "_report.dcm", "_overlay")
+
+    def applies(self, result: CaseResult) -> bool:
+        """Whether DICOM is wanted; that all images are DICOM is checked before work begins."""
+        return self.settings.write_dicom
+
+    def write(self, stem: Path, result: CaseResult, image: MetaTensor) -> None:
+        """Write the objects; what goes wrong is told without the header, which is the patient's."""
+        from bundle.dicom.objects import write_objects
+
+        stored = self.settings.preprocessing.inverse({"image": image.clone()})["image"].as_tensor()
+        pictures = blend_slices(stored.numpy(), result.restored.values, result.threshold)
+        sources = image.meta["files"].headers()
+        try:
+            write_objects(stem, sources, result, pictures, self.algorithm, self.settings.worst_slices)
+        except BundleError:
+            raise
+        except Exception as error:  # whose text may hold values of the header
+            logger.debug("no DICOM results", exc_info=True)
+            raise BundleError(
+                f"no DICOM results of '{result.path}' ({type(error).__name__}): leave write_dicom off for it"
+            ) from None
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """What found the results."""
+        from bundle.dicom.objects import Algorithm
+
+        identity = self.settings.detector.describe()
+        return Algorithm(__version__, str(identity["weights"]), content_key(self.settings.model_file))
+
+
+WRITERS: tuple[type[Writer], ...] = (PictureWriter, NiftiWriter, OverlayWriter, DicomWriter)
+
+
+def _take_geometry(header: nib.Nifti1Header, original: nib.Nifti1Header) -> None:
+    """Both transforms with their codes, field by field, since some programs read one and some the other."""
+    for field in (*_FORM_FIELDS, "xyzt_units"):
+        header[field] = original[field]
+    header["pixdim"][:4] = original["pixdim"][:4]
