@@ -18,6 +18,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SLOW_FIXTURES = {"trained", "exported"}  # a training; exports in every format
+
+
+def pytest_collection_modifyitems(items):
+    """A test that waits for one of these is slow, whatever it does itself."""
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.set_num_threads(2)

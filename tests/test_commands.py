@@ -19,6 +19,7 @@ from PIL import Image
 
 from scripts.benchmarks.image_score import explained
 
+pytestmark = pytest.mark.slow
 METRICS = {
     "pixel_auroc",
     "pixel_ap",

@@ -40,6 +40,13 @@ def _run_bundle(run_id, config, check=True, **knobs):
     return _run_python("-m", "monai.bundle", "run", run_id, "--config_file", config, *words, check=check)
 
 
+def pytest_collection_modifyitems(items):
+    """All tests in this folder are clinical."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("clinical")
+
+
 @pytest.fixture(scope="session")
 def run_python():
     """``run_python("-m", "scripts.x", ...)``: a command that must succeed, unless check=False."""
