@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -109,5 +110,6 @@ def load_checkpoint(detector: Any, path: str | os.PathLike) -> None:
 
 
 def _no_checkpoint(path: str | os.PathLike, error: Exception) -> BundleError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    more = isinstance(error, pickle.UnpicklingError)  # its text advises to run what the file holds
+    reason = "it holds more than tensors" if more else (str(error).strip() or type(error).__name__).splitlines()[0]
     return BundleError(f"'{path}' is no checkpoint of this bundle ({reason}): give the model.pt of a training")

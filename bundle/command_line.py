@@ -89,7 +89,7 @@ def find_knob(name: str, config: Mapping[str, Any]) -> Knob:
     """What is known of the knob ``name`` of ``config``.
 
     Raises:
-        BundleError: if there is none, with the closest name.
+        BundleError: if there is none, with the closest name, or nothing takes it.
     """
     top, _, inner = name.partition("::")
     settings = known_settings() if MODEL in config else {}
@@ -97,7 +97,10 @@ def find_knob(name: str, config: Mapping[str, Any]) -> Knob:
     if setting in settings and name not in config:
         return settings[setting]._replace(default=config[MODEL].get(setting, settings[setting].default))
     if top in config and not (top == MODEL and inner):
-        return knob_of(config, name)
+        knob = knob_of(config, name)
+        if knob == Knob(Any, None):
+            raise BundleError(f"knob --{name} has no use in this command: leave it out")
+        return knob
     knobs = [key for key, value in config.items() if not isinstance(value, dict) and not _is_steps(value)]
     raise BundleError(f"knob --{name} is unknown: {did_you_mean(setting, {*knobs, *settings})}")
 

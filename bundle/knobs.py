@@ -124,7 +124,8 @@ def _readings(text: str, knob: Knob) -> Iterator[Any]:
     word = text.strip().lower()
     if word in _WORDS and not (_WORDS[word] is not None and _fits(text, knob.kind)):
         yield _WORDS[word]
-    if _fits(text, knob.kind) and knob.kind is not Any:
+    is_list = text.lstrip().startswith("[")
+    if _fits(text, knob.kind) and knob.kind is not Any and not is_list:
         yield text
     try:
         yield json.loads(text)

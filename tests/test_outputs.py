@@ -17,25 +17,21 @@ from test_dicom_series import series
 import bundle.dicom.series
 import bundle.transforms.loading
 import bundle.writers
+from bundle.checkpoint import save_checkpoint
 from bundle.errors import BundleError
+from bundle.model import make_detector
 from bundle.outputs import DetectionSaver, ScoreTable, Table
 from bundle.tracking import Tracker
 from bundle.writers import WRITERS, Writer
 
-KNOBS = {
-    "backbone": "efficientnet_lite0",
-    "image_size": 64,
-    "hidden_channels": 8,
-    "device": "cpu",
-    "tracking_uri": "off",
-    "bundle_root": str(ROOT),
-}
+MODEL = {"backbone": "efficientnet_lite0", "image_size": 64, "hidden_channels": 8}
+KNOBS = {"device": "cpu", "tracking_uri": "off", "bundle_root": str(ROOT)}
 
 
 def infer(dataset_dir, output_dir, **knobs):
     """The inference of the bundle in this process, with a network that knows nothing."""
     model = Path(output_dir).parent / "model.pt"
-    model.write_bytes(b"model")
+    save_checkpoint(make_detector(MODEL), model)
     config = ConfigParser.load_config_file(ROOT / "configs" / "inference.json")
     given = {"dataset_dir": str(dataset_dir), "output_dir": str(output_dir), "checkpoint": str(model), **KNOBS, **knobs}
     ConfigParser(config | given).get_parsed_content("evaluator").run()
