@@ -16,7 +16,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-SLOW_FIXTURES = {"trained", "exported"}  # a training; exports in every format
+SLOW_FIXTURES = {"trained", "exported", "measured_run"}  # a training, exports in every format, a benchmark
 
 
 def pytest_collection_modifyitems(items):
