@@ -1,22 +1,28 @@
-# Two commands do everything from a fresh clone:
+# These commands do everything from a fresh clone:
 #   make train   sets up the environment and runs the main job
-#   make test    sets up the environment and runs linter, type checker and tests
+#   make test    sets up the environment and runs linters, type checker and tests
+#   make check   the same with the fast tests alone, about a minute
 #   make test-clinical   tests with real Orthanc, MONAI Label and MONAI Deploy; they need the Debian packages below
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-clinical debian-packages
+.PHONY: train test check lint test-clinical debian-packages
 
 train: $(VENV)/installed
 	$(BIN)/python -m monai.bundle run training --config_file configs/train.json
 
-test: $(VENV)/installed
+test: lint
+	$(BIN)/python -m pytest
+
+check: lint
+	$(BIN)/python -m pytest -q -m "not slow and not clinical"
+
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
 
 test-clinical: $(VENV)/installed
 	$(BIN)/python -m pytest tests/clinical

@@ -18,7 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-SLOW_FIXTURES = {"trained", "exported"}  # a training; exports in every format
+SLOW_FIXTURES = {"trained", "exported", "measured_run"}  # a training, exports in every format, a benchmark
 
 
 def pytest_collection_modifyitems(items):
@@ -75,5 +75,4 @@ def trained(cohort, tmp_path_factory):
 @pytest.fixture(scope="session")
 def knobs(trained):
     """What later commands on the trained model need."""
-    names = ("backbone", "image_size", "hidden_channels", "device")
-    return {"checkpoint": trained[0] / "model.pt", **{name: QUICK[name] for name in names}}
+    return {"checkpoint": trained[0] / "model.pt", "device": QUICK["device"]}

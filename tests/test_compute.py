@@ -53,6 +53,7 @@ def found(precision):
     return maps, roc_auc_score(truth.flatten(), maps.flatten())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_reduced_precision_keeps_maps_within_a_hundredth_and_auroc_within_a_thousandth(precision):
     (exact, exact_auroc), (reduced, auroc) = found("fp32"), found(precision)
@@ -79,6 +80,7 @@ def test_auto_is_what_the_device_does_fastest(device, bf16, expected, monkeypatc
     assert fastest_precision(torch.device(device)) == expected
 
 
+@pytest.mark.slow
 def test_auto_is_never_a_precision_that_the_backbone_loses_too_much_by(features, monkeypatch, caplog):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert Compute("cpu", features=features).precision == "fp32"
@@ -87,6 +89,7 @@ def test_auto_is_never_a_precision_that_the_backbone_loses_too_much_by(features,
     assert "bf16 changes the maps of this backbone" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "keeps"), [("dinov3_vits16", True), ("efficientnet_lite0", False)])
 def test_backbones_lose_by_bf16_what_is_said_of_them(backbone, keeps):
     detector = trained_detector(backbone)
@@ -98,6 +101,7 @@ def test_backbones_lose_by_bf16_what_is_said_of_them(backbone, keeps):
     assert ((reduced - exact).norm() / exact.norm() < 1e-2) == keeps == detector.features.keeps_bf16
 
 
+@pytest.mark.slow
 def test_training_in_bf16_has_the_loss_curve_of_fp32(monkeypatch):
     def losses(precision):
         torch.manual_seed(0)
@@ -133,6 +137,7 @@ def test_bad_settings_are_refused(options, message):
         Compute(**options)
 
 
+@pytest.mark.slow
 def test_compiled_networks_give_the_same_maps():
     torch._dynamo.reset()
     image = images(2)

@@ -82,6 +82,7 @@ def test_the_network_of_inference_follows_the_checkpoint_and_the_metadata(tmp_pa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_a_checkpoint_exports_to_torchscript(features, tmp_path):
     detector = small_detector(features, preprocessing=PREPROCESSING)
@@ -110,6 +111,7 @@ WORKFLOWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_every_config_has_the_properties_of_its_workflow(name, cohort, tmp_path, monkeypatch):
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29876"}

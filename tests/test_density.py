@@ -305,6 +305,7 @@ def test_a_low_rank_covariance_keeps_the_leading_directions_and_the_total_varian
     assert float(covariance.trace()) == pytest.approx(float(full.trace()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_learned_variances_make_noisy_patches_less_surprising():
     torch.manual_seed(0)
     density = SpatialARDensity(2, hidden_channels=8, kernel_size=3, guard=0, linear_components=0, covariance="diagonal")

@@ -92,6 +92,7 @@ def test_the_papers_recipe_does_not_standardize(features):
     assert torch.equal(detector.standardize(embeddings), embeddings)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_torchscript_equals_eager_at_every_size(detector, tmp_path):
     detector.calibrate(healthy_batches())

@@ -80,6 +80,7 @@ def exact_aupro(maps: np.ndarray, masks: np.ndarray, limit: float) -> float:
     return area / limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_pixel_ranking_agrees_with_scikit_learn_on_all_pixels(name):
     rng = np.random.default_rng(0)
@@ -164,6 +165,7 @@ def test_image_metrics_are_those_of_scikit_learn():
     assert result["image_ap"] == sk.average_precision_score(labels, scores)
 
 
+@pytest.mark.slow
 def test_memory_stays_within_the_bound_and_stops_growing():
     rng = np.random.default_rng(0)
     metrics, sizes = AnomalyMetrics(0.0), []
@@ -404,6 +406,7 @@ def _rank(local_rank: int, path: str) -> None:
     torch.save((metric.compute(), metric.pooled.roc_curve()[1].tolist()), f"{path}/{local_rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_ranks_with_uneven_shards_report_the_values_of_one(tmp_path):
     with idist.Parallel(backend="gloo", nproc_per_node=2) as parallel:
         parallel.run(_rank, str(tmp_path))

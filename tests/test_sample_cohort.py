@@ -201,7 +201,7 @@ def test_number_out_of_range_is_refused(tmp_path: Path, wrong: dict[str, int]) -
 
 def test_missing_nilearn_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(BundleError, match="pip install nilearn"):
+    with pytest.raises(BundleError, match="extra 'sample'"):
         cohort.load_tissues()
 
 

@@ -23,6 +23,7 @@ def test_two_commands_never_share_a_run(tmp_path, monkeypatch):
     assert statuses(tmp_path) == ["FINISHED", "FINISHED"]
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_leaves_a_failed_run(tmp_path):
     code = (
         "from bundle.tracking import Tracker, database\n"

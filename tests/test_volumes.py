@@ -196,6 +196,7 @@ def test_dicom_results_of_anything_else_are_refused_before_work(volumes, knobs, 
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_trains_on_dicom_studies(dicom, tmp_path):
     quick = {**QUICK, "max_epochs": 1, "hidden_channels": 8}
     done = succeed("training", TRAIN, dataset_dir=dicom / "train", output_dir=tmp_path, tracking_uri="off", **quick)

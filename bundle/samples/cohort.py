@@ -341,7 +341,10 @@ def load_tissues() -> Tensor:
     """
     package = importlib.util.find_spec("nilearn")  # its import would take seconds and is not needed
     if package is None or package.origin is None:
-        raise BundleError("the sample cohort needs the brain maps in the package 'nilearn': pip install nilearn")
+        raise BundleError(
+            "the sample cohort needs the brain maps in the package nilearn, which the extra 'sample' has: "
+            'pip install -e ".[sample]"'
+        )
     folder = Path(package.origin).parent / "datasets" / "data"
     gray, white, t1 = (
         np.asarray(nib.Nifti1Image.from_filename(folder / ATLAS_FILE.format(name)).dataobj)
