@@ -16,6 +16,7 @@ from monai.bundle import ConfigParser
 
 from bundle.errors import BundleError
 from bundle.exports import export_torchscript
+from bundle.files import whole_files
 from bundle.networks import AnomalyDetector
 from bundle.training import load_checkpoint
 from scripts.integrations.monai_deploy.recipe import embedded_configs
@@ -54,16 +55,10 @@ def make_application(
     configs = embedded_configs(
         [CONFIGS / "inference.json", CONFIGS / "monai_deploy.json"], CONFIGS / "metadata.json", knobs
     )
-    target = Path(output_dir)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as folder:
-        write_model(detector, Path(folder) / "model.ts", knobs, configs)
-        copy_application(Path(folder) / "application")
-        application = target / "application"
-        shutil.rmtree(application, ignore_errors=True)
-        os.replace(Path(folder) / "model.ts", target / "model.ts")
-        os.replace(Path(folder) / "application", application)
-    return application
+    with whole_files(output_dir) as folder:
+        write_model(detector, folder / "model.ts", knobs, configs)
+        copy_application(folder / "application")
+    return Path(output_dir) / "application"
 
 
 def trained_knobs(checkpoint: str | os.PathLike) -> dict[str, Any]:
