@@ -64,7 +64,7 @@ def score_healthy(checkpoint: Path, data: Path, knobs: dict[str, Any], noise: fl
         found["top patches"] += network.image_score.statistics(detection.patch_map)[0].tolist()
         found["adjusted"] += detection.image_score.tolist()
         found["area"] += (images > ORGAN).float().mean(dim=(1, 2, 3)).tolist()
-        found["name"] += [one.study.item["name"] for one in batch]
+        found["name"] += [one.case.item["name"] for one in batch]
     return {name: values if name == "name" else np.array(values) for name, values in found.items()}
 
 
