@@ -49,12 +49,14 @@ def settings() -> dict[str, Knob]:
 
 def shared() -> dict[str, Knob]:
     """What training and inference both have."""
-    return {name: knob for name, knob in knobs_in(TRAIN).items() if name in knobs_in(INFER)}
+    of_inference = knobs_in(INFER)
+    return {name: knob for name, knob in knobs_in(TRAIN).items() if name in of_inference}
 
 
-def only(files: tuple[str, ...], without: str) -> dict[str, Knob]:
-    """What the command of ``files`` has, and that of the config ``without`` has not."""
-    return {name: knob for name, knob in knobs_in(*files).items() if name not in knobs_in(without)}
+def only(config: str, without: str) -> dict[str, Knob]:
+    """What one config has, and the other has not."""
+    others = knobs_in(without)
+    return {name: knob for name, knob in knobs_in(config).items() if name not in others}
 
 
 def overlaid(base: str, overlay: str) -> dict[str, Knob]:
@@ -66,9 +68,9 @@ def overlaid(base: str, overlay: str) -> dict[str, Knob]:
 TABLES: dict[str, Callable[[], dict[str, Knob]]] = {
     "model": settings,
     "every": shared,
-    "training": lambda: only((TRAIN,), INFER),
+    "training": lambda: only(TRAIN, INFER),
     "evaluating": lambda: overlaid(TRAIN, "configs/evaluate.json"),
-    "inferring": lambda: only((INFER,), TRAIN),
+    "inferring": lambda: only(INFER, TRAIN),
     "exporting": lambda: overlaid(INFER, "configs/export.json"),
     "exported": lambda: overlaid(INFER, "configs/exported.json"),
 }
