@@ -40,7 +40,7 @@ def start(arguments: Sequence[str] | None = None) -> None:
     parser = _running_parser()
     if len(arguments) > 1 and Path(arguments[0]).as_posix().endswith(COMMANDS):
         sys.excepthook = show_error
-        given = _command_line(arguments[2:])
+        given = given_texts(arguments[2:])
         if files := given.pop("config_file", None):
             knobs = read_knobs(given, read_config(files))
             for name, value in knobs.items() if parser else ():
@@ -114,20 +114,7 @@ def nest_settings(parser: ConfigParser) -> None:
     parser.ref_resolver.reset()
 
 
-def show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print one line if the error, or one that it stems from, is a :class:`BundleError`; the whole trace otherwise."""
-    cause = user_error(error)
-    if cause is not None:
-        # a data loader's worker wraps the message into the worker's trace, whose last line it is
-        line = str(cause).strip().splitlines()[-1]
-        print(f"error: {line.removeprefix('bundle.errors.BundleError: ')}", file=sys.stderr)
-    elif issubclass(kind, KeyboardInterrupt):
-        print("interrupted: run the same command again; a training goes on after its last whole epoch", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-def _command_line(arguments: Sequence[str]) -> dict[str, Any]:
+def given_texts(arguments: Sequence[str]) -> dict[str, Any]:
     """Values by name: those of ``--args_file``, then ``--name value`` and ``--name=value`` as texts."""
     given: dict[str, Any] = {}
     words = list(arguments)
@@ -142,6 +129,19 @@ def _command_line(arguments: Sequence[str]) -> dict[str, Any]:
     if file := given.pop("args_file", None):
         given = ConfigParser.load_config_file(file) | given
     return given
+
+
+def show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print one line if the error, or one that it stems from, is a :class:`BundleError`; the whole trace otherwise."""
+    cause = user_error(error)
+    if cause is not None:
+        # a data loader's worker wraps the message into the worker's trace, whose last line it is
+        line = str(cause).strip().splitlines()[-1]
+        print(f"error: {line.removeprefix('bundle.errors.BundleError: ')}", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("interrupted: run the same command again; a training goes on after its last whole epoch", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def read_config(files: Any) -> dict[str, Any]:

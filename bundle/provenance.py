@@ -37,11 +37,16 @@ def data_fingerprint(cases: Iterable[dict[str, Any]]) -> str:
 
 
 def git_commit(folder: str | os.PathLike) -> str:
-    """The commit of the checkout in ``folder``, ``+changes`` if it has any, or ``unknown``."""
+    """The commit of the checkout whose root is ``folder``, ``+changes`` if it has any, or ``unknown``."""
+
+    def ask(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        ask = ["git", "-C", str(folder)]
-        commit = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run([*ask, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        if Path(ask("rev-parse", "--show-toplevel")) != Path(folder).resolve():
+            return "unknown"  # installed below the checkout of something else
+        commit, changes = ask("rev-parse", "HEAD"), ask("status", "--porcelain")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit}+changes" if changes else commit

@@ -459,6 +459,30 @@ def test_a_truncated_training_image_ends_in_one_line_or_is_skipped_and_counted(c
     assert (tmp_path / "out/model.pt").is_file()
 
 
+@pytest.mark.slow
+def test_what_a_training_chose_need_not_be_repeated(cohort, tmp_path):
+    """By the paper's recipe, of which fifteen settings differ from the defaults, and more by hand."""
+    small = {"backbone": "efficientnet_lite0", "image_size": "[64,96]", "layers": "[4]", "hidden_channels": 8}
+    config = f"['{TRAIN}','configs/paper.json']"
+    given = {"dataset_dir": cohort / "slices", "tracking_uri": "off", "device": "cpu"}
+    model = {"output_dir": tmp_path, "max_epochs": 1, "batch_size": 8}
+    succeed("training", config, **given, **model, **small)
+    trained = json.loads((tmp_path / "metrics.json").read_text())
+    overlaid = config.replace("]", ",'configs/evaluate.json']")
+    again = {"checkpoint": tmp_path / "model.pt", "output_dir": tmp_path / "again"}
+    succeed("evaluating", overlaid, **given, **again, precision="fp32")
+    found = json.loads((tmp_path / "again/metrics.json").read_text())
+    assert {name: found[name] for name in METRICS} == pytest.approx({name: trained[name] for name in METRICS})
+    assert found["identity"] == trained["identity"]
+    assert (found["identity"]["image_size"], found["identity"]["mode"]) == ([64, 96], "causal")
+    picture = next((cohort / "slices/test/Ungood/img").glob("*.png"))
+    succeed("inferring", INFER, dataset_dir=picture, checkpoint=tmp_path / "model.pt", output_dir=tmp_path / "maps")
+    assert (tmp_path / "maps" / f"{picture.stem}_map.tiff").is_file()
+    more = {"mode": "guarded", "image_size": 320, "covariance": "full"}
+    line = error_line(run("inferring", INFER, dataset_dir=picture, **again, **more))
+    assert "covariance 'isotropic', not 'full'; image_size [64, 96], not 320; mode 'causal', not 'guarded'" in line
+
+
 def test_another_backbones_checkpoint_is_refused_in_one_line(cohort, knobs, tmp_path):
     wrong = {**knobs, "backbone": "dinov3_vits16"}
     done = run("inferring", INFER, dataset_dir=cohort / "slices/test", output_dir=tmp_path / "out", **wrong)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import small_detector
+from safetensors.torch import load_file
 
 from bundle import model
 from bundle.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint, trained_settings
@@ -175,3 +176,16 @@ def test_settings_of_a_detector_make_an_equal_one(features):
         name: value for name, value in again.describe().items() if name not in detector.describe()
     }
     assert inspect.signature(make_detector).parameters.keys() == {"settings", "weights", "weights_sha256"}
+
+
+def test_a_checkpoint_of_version_0_5_gives_the_map_that_it_gave_there():
+    """Both files were made by version 0.5.0: settings of other modes in the identity, no ``channel``."""
+    golden = load_file(ROOT / "tests/data/golden/checkpoint_0_5.safetensors")
+    path = ROOT / "tests/data/golden/checkpoint_0_5.pt"
+    assert {"dilations", "rank", "likelihood"} <= read_checkpoint(path).identity.keys()
+    detector = make_detector(trained_settings(path)).eval()
+    load_checkpoint(detector, path)
+    with torch.inference_mode():
+        found = detector.detect(golden["image"])
+    torch.testing.assert_close(found.anomaly_map, golden["anomaly_map"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.image_score, golden["image_score"], atol=1e-5, rtol=0)

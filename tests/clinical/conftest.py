@@ -75,7 +75,7 @@ def cohort_dicom(sample_cohort):
 
 @pytest.fixture(scope="session")
 def trained(sample_cohort, tmp_path_factory):
-    """The output folder of a short training on the volumes: ``model.pt``; its knobs are the defaults and BACKBONE."""
+    """The output folder of a short training on the volumes: ``model.pt``, of the default settings but BACKBONE."""
     output = tmp_path_factory.mktemp("trained")
     datalist = sample_cohort / "volumes" / "datalist.json"
     _run_bundle(
@@ -93,7 +93,7 @@ def trained(sample_cohort, tmp_path_factory):
 @pytest.fixture(scope="session")
 def model_knobs(trained):
     """What commands on the trained model need."""
-    return {"checkpoint": trained / "model.pt", "backbone": BACKBONE, "device": "cpu"}
+    return {"checkpoint": trained / "model.pt", "device": "cpu"}
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ from pydicom.uid import BasicTextSRStorage, CTImageStorage, ExplicitVRLittleEndi
 from bundle.dicom.mr import SeriesIdentity, mr_series, write_series
 from bundle.errors import BundleError
 from bundle.inferers import SliceBatchInferer
+from bundle.model import Settings
 from bundle.transforms import OrientSlicesd, ScaleIntensityByModalityd
 from scripts.integrations.environments import default_base, environment
 from scripts.integrations.monai_deploy.package import APPLICATION, CONFIGS, make_application
@@ -442,8 +443,8 @@ def test_model_embeds_the_knobs_of_its_training_and_nothing_of_this_bundle(packa
 @pytest.mark.parametrize("plane", ["acquired", "axial", "coronal"])
 def test_embedded_preprocessing_is_that_of_the_bundle(plane, intensity):
     files = [CONFIGS / "inference.json", CONFIGS / "monai_deploy.json"]
-    knobs = {"intensity": intensity, "slice_plane": plane}
-    parser = ConfigParser(embedded_configs(files, CONFIGS / "metadata.json", knobs)["inference"])
+    settings = Settings({"intensity": intensity, "slice_plane": plane})
+    parser = ConfigParser(embedded_configs(files, CONFIGS / "metadata.json", {"settings": settings})["inference"])
     prepare, restore = parser.get_parsed_content("preprocessing"), parser.get_parsed_content("postprocessing")
     orient, scale = OrientSlicesd("image", plane), ScaleIntensityByModalityd("image", intensity)
     meta = {"affine": torch.from_numpy(SAGITTAL), "original_affine": torch.from_numpy(SAGITTAL)}

@@ -25,8 +25,10 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from PIL import Image
 from pydicom import dcmread
 
+from bundle.checkpoint import read_checkpoint, trained_settings
 from bundle.errors import BundleError
-from scripts.integrations.monai_label.__main__ import assemble, check_studies
+from bundle.networks.detector import encode_identity
+from scripts.integrations.monai_label.__main__ import assemble, check_intensity, check_studies
 
 ROOT = Path(__file__).parents[2]
 MODEL = "dinov3_spatial_ar"
@@ -40,7 +42,7 @@ def serving(studies, log, model_knobs, *options, seconds=3000, **more):
     """The server that the command starts, until the block ends; the first one may have to install MONAI Label."""
     knobs = {key: value for key, value in model_knobs.items() if key != "checkpoint"}
     words = ["--studies", studies, "--checkpoint", model_knobs["checkpoint"], "--port", 0]
-    words += ["--knobs", json.dumps({**knobs, "batch_size": BATCH, **more}), *options]
+    words += [*(f"--{name}={value}" for name, value in {**knobs, "batch_size": BATCH, **more}.items()), *options]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("MONAI_LABEL")}
     with log.open("w") as stream:
         process = subprocess.Popen(
@@ -441,23 +443,49 @@ def _error(done):
 
 
 def test_a_checkpoint_of_another_detector_is_refused_before_anything_starts(trained, run_python, tmp_path):
-    knobs = json.dumps({"backbone": "efficientnet_lite0", "slice_plane": "coronal"})
-    done = run_python(*_words(tmp_path, trained / "model.pt"), "--knobs", knobs, check=False)
-    assert _error(done).startswith("error: the checkpoint was trained with")
+    done = run_python(*_words(tmp_path, trained / "model.pt"), "--slice_plane=coronal", check=False)
+    assert _error(done).startswith("error: the model was trained with slice_plane 'acquired', not 'coronal'")
 
 
 def test_wrong_studies_are_said_in_one_line(tmp_path):
     for studies, modality, line in (
         (tmp_path / "nowhere", "MR", "no folder at"),
         ("http://127.0.0.1:1/dicom-web", "MR", "no DICOMweb at"),
-        ("http://127.0.0.1:1/dicom-web", "CT", "ct_soft_tissue"),
     ):
         with pytest.raises(BundleError, match=line):
-            check_studies(str(studies), modality, {})
+            check_studies(str(studies), modality)
+
+
+def test_a_model_that_tells_ct_by_the_header_is_refused_for_ct_of_a_server():
+    with pytest.raises(BundleError, match="ct_soft_tissue"):
+        check_intensity({"intensity": "auto"}, "http://127.0.0.1:1/dicom-web", "CT")
+    check_intensity({"intensity": "ct_lung"}, "http://127.0.0.1:1/dicom-web", "CT")
+    check_intensity({"intensity": "auto"}, "http://127.0.0.1:1/dicom-web", "MR")
+
+
+def test_the_bundle_that_is_served_trains_with_the_settings_of_its_model(model_knobs, tmp_path):
+    copy = assemble(tmp_path, model_knobs["checkpoint"], {"batch_size": "3", "patience": "0", "channel": "1"})
+    training, inference = (json.loads((copy / f"configs/{name}.json").read_text()) for name in ("train", "inference"))
+    assert training["model"] == dict(trained_settings(model_knobs["checkpoint"], {"channel": 1}))
+    assert (inference["model"], inference["batch_size"], training["patience"]) == ({"channel": 1}, 3, 0)
+
+
+HOSTILE = "$__import__('pathlib').Path('ran').touch()"
+
+
+def test_a_hostile_checkpoint_is_refused_before_a_config_holds_its_values(model_knobs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    state = read_checkpoint(model_knobs["checkpoint"])
+    torch.save({**state.state, "identity": encode_identity(state.identity | {"mode": HOSTILE})}, tmp_path / "bad.pt")
+    with pytest.raises(BundleError, match="mode"):
+        assemble(tmp_path / "apps", tmp_path / "bad.pt", {})
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "apps").exists()
 
 
 def test_wrong_checkpoints_and_knobs_are_said_in_one_line(model_knobs, tmp_path):
-    checkpoint, knobs = model_knobs["checkpoint"], {"backbone": model_knobs["backbone"]}
+    checkpoint = model_knobs["checkpoint"]
     other = tmp_path / "other.pt"
     torch.save({"weight": torch.zeros(1)}, other)
     for file, more, line in (
@@ -468,4 +496,4 @@ def test_wrong_checkpoints_and_knobs_are_said_in_one_line(model_knobs, tmp_path)
         (checkpoint, {"output_dir": "x"}, "is set by this command"),
     ):
         with tempfile.TemporaryDirectory(dir=tmp_path) as apps, pytest.raises(BundleError, match=line):
-            assemble(Path(apps), file, {**knobs, **more})
+            assemble(Path(apps), file, more)

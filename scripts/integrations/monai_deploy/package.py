@@ -14,6 +14,7 @@ from typing import Any
 from bundle.checkpoint import load_checkpoint, trained_settings
 from bundle.errors import BundleError
 from bundle.exports import export_torchscript
+from bundle.files import whole_files
 from bundle.model import make_detector
 from scripts.integrations.monai_deploy.recipe import embedded_configs
 from scripts.integrations.monai_deploy.study import StudyDetector
@@ -60,17 +61,11 @@ def make_application(
         CONFIGS / "metadata.json",
         {"settings": settings, "device": "cpu"},
     )
-    choice = settings["slice_range"], settings["min_foreground"]
-    target = Path(output_dir)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as folder:
-        write_model(StudyDetector(detector, *choice, batch_size), Path(folder) / "model.ts", configs)
-        copy_application(Path(folder) / "application")
-        application = target / "application"
-        shutil.rmtree(application, ignore_errors=True)
-        os.replace(Path(folder) / "model.ts", target / "model.ts")
-        os.replace(Path(folder) / "application", application)
-    return application
+    study = StudyDetector(detector, settings["slice_range"], settings["min_foreground"], batch_size)
+    with whole_files(output_dir) as folder:
+        write_model(study, folder / "model.ts", configs)
+        copy_application(folder / "application")
+    return Path(output_dir) / "application"
 
 
 def write_model(study: StudyDetector, path: Path, configs: dict[str, dict[str, Any]]) -> None:

@@ -22,21 +22,23 @@ from monai.bundle import ConfigParser
 
 from bundle import NAME
 from bundle.checkpoint import load_checkpoint, trained_settings
+from bundle.command_line import given_texts, read_config, read_knobs
 from bundle.errors import BundleError
 from bundle.files import FLAT_SUFFIXES, NIFTI_SUFFIXES, content_key, whole_file
-from bundle.model import make_detector, settings_in
+from bundle.model import known_settings, make_detector, settings_in
 from bundle.networks.weights import FOLDER_VARIABLES
 from scripts.integrations.environments import default_base, environment
 
 ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
 HOST = "127.0.0.1"
+OURS = {"bundle_root", "dataset_dir", "output_dir", "checkpoint", "tracking_uri"}  # knobs that are not the user's here
 SERVER = "local_server"  # the module of server.py in the app
 STARTUP_SECONDS = 300
 SHUTDOWN_SECONDS = 10
 
 
-def assemble(apps: Path, checkpoint: Path | None, weights: str | None = None, verbose: bool = False) -> Path:
+def assemble(apps: Path, checkpoint: Path | None, given: Mapping[str, str], verbose: bool = False) -> Path:
     """Write the app: MONAI Label's side as ``main.py``, a copy of this bundle in ``model/``, and the model.
 
     Inference follows the model, and so does training: its settings become those of ``configs/train.json``. What
@@ -45,23 +47,31 @@ def assemble(apps: Path, checkpoint: Path | None, weights: str | None = None, ve
     Args:
         apps: the folder of the app.
         checkpoint: becomes ``models/model.pt``; None: the one that is there.
-        weights: of the backbone, as the knob of that name.
+        given: knobs of the bundle, as a command line has them.
         verbose: log requests, which have names of images in them.
 
     Returns:
         The folder of the copy.
 
     Raises:
-        BundleError: if the checkpoint is missing or does not fit, or another one was trained there.
+        BundleError: if a knob is unknown or of another type, the checkpoint is missing or does not fit, or another one
+            was trained there.
     """
     copy = apps / "model" / NAME
-    settings = place_checkpoint(copy, checkpoint, weights)
     inference = ConfigParser.load_config_files(
         [str(ROOT / f"configs/{name}.json") for name in ("inference", "monai_label")]
     )
     training = ConfigParser.load_config_file(ROOT / "configs/train.json")
-    inference["weights"] = os.path.abspath(weights) if weights and weights != "random" else weights
-    training["model"] = settings
+    knobs = read_knobs(given, {**read_config(str(ROOT / "configs/train.json")), **inference, "model": {}})
+    for name in knobs.keys() & OURS:
+        raise BundleError(f"knob {name} is set by this command: leave it out")
+    if knobs.get("weights") not in (None, "random"):
+        knobs["weights"] = os.path.abspath(knobs["weights"])
+    settings = {name: knobs.pop(name) for name in knobs.keys() & known_settings().keys()}
+    training["model"] = place_checkpoint(copy, checkpoint, settings, knobs.get("weights"))
+    inference["model"] = settings
+    for name, value in knobs.items():
+        (inference if name in inference else training)[name] = value
     for part in ("bundle", "configs"):
         shutil.rmtree(copy / part, ignore_errors=True)
     shutil.copytree(ROOT / "bundle", copy / "bundle", ignore=shutil.ignore_patterns("__pycache__"))
@@ -78,8 +88,10 @@ def assemble(apps: Path, checkpoint: Path | None, weights: str | None = None, ve
     return copy
 
 
-def place_checkpoint(copy: Path, checkpoint: Path | None, weights: str | None) -> dict[str, Any]:
-    """Make ``checkpoint`` the model of the bundle in ``copy``, and see that it can be used.
+def place_checkpoint(
+    copy: Path, checkpoint: Path | None, given: Mapping[str, Any], weights: str | None
+) -> dict[str, Any]:
+    """Make ``checkpoint`` the model of the bundle in ``copy``, and see that it can be used with settings ``given``.
 
     Returns:
         The settings of the model, checked by the parts that they are for: nothing in them is an expression.
@@ -91,7 +103,7 @@ def place_checkpoint(copy: Path, checkpoint: Path | None, weights: str | None) -
     if checkpoint is None and not model.is_file():
         raise BundleError(f"no model in '{copy}': give --checkpoint the model.pt of a training")
     source = model if checkpoint is None else checkpoint
-    detector = make_detector(trained_settings(source), weights)
+    detector = make_detector(trained_settings(source, given), weights)
     load_checkpoint(detector, source)
     if checkpoint is not None:
         if model.is_file() and content_key(model) != content_key(checkpoint):
@@ -209,7 +221,7 @@ def _signal_group(process: subprocess.Popen, number: signal.Signals) -> None:
         pass
 
 
-def serve(options: argparse.Namespace) -> int:
+def serve(options: argparse.Namespace, given: Mapping[str, str]) -> int:
     """Run the server until it ends or is interrupted; its exit code."""
     studies = check_studies(options.studies, options.modality)
     port = free_port(options.port)
@@ -219,7 +231,7 @@ def serve(options: argparse.Namespace) -> int:
         else:
             apps = options.apps.absolute()
             apps.mkdir(parents=True, exist_ok=True)
-        copy = assemble(apps, options.checkpoint, options.weights, options.verbose)
+        copy = assemble(apps, options.checkpoint, given, options.verbose)
         check_intensity(trained_settings(copy / "models" / "model.pt"), studies, options.modality)
         python = environment(HERE / "requirements.txt", options.environments, "monai_label")
         # as MONAI Label's own start does, which lists all settings before it can be told to be quiet
@@ -267,12 +279,13 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.integrations.monai_label",
+        epilog="Further --NAME=VALUE are knobs of configs/inference.json and configs/train.json.",
+        allow_abbrev=False,
         description="Start a MONAI Label server on this bundle, for this machine.",
     )
     add = parser.add_argument
     add("--studies", required=True, help="folder of volumes (NIfTI) or pictures, or the URL of a DICOMweb server")
     add("--checkpoint", type=Path, help="model.pt of a training; may be left out if --apps has a model")
-    add("--weights", help="of the backbone, as for training; default: where inference finds them")
     add("--apps", type=Path, help="folder to keep models, cache and logs in (default: a temporary one)")
     add(
         "--environments",
@@ -291,7 +304,8 @@ def main() -> None:
     """Serve until Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        sys.exit(serve(make_parser().parse_args()))
+        options, more = make_parser().parse_known_args()
+        sys.exit(serve(options, given_texts(more)))
     except BundleError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
