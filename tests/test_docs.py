@@ -157,6 +157,12 @@ def test_the_table_names_types_and_paths_in_words():
     assert "| `checkpoint` | text | `output_dir/model.pt` |  |" in rows
 
 
+def test_the_tree_has_every_module_of_the_bundle_once():
+    tree = text_of("docs/architecture.md").split("```")[1].partition("configs/")[0]
+    modules = [path.name for path in (ROOT / "bundle").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(re.findall(r"\w+\.py", tree)) == sorted(modules)
+
+
 def test_the_citation_has_the_version_of_the_package():
     assert f"version: {__version__}\n" in text_of("CITATION.cff")
     assert f"## [{__version__}]" in text_of("CHANGELOG.md")
