@@ -34,6 +34,7 @@ class Tracker:
         command: what runs: training, evaluating, inferring.
         tags: plain texts.
         config: resolved items by id; those that are plain values become the parameters of the run.
+        settings: of the model; parameters, too.
         config_dir: whose JSON files are kept with the run.
     """
 
@@ -44,11 +45,13 @@ class Tracker:
         tags: Mapping[str, str],
         config: Mapping[str, Any] | None = None,
         config_dir: str | os.PathLike | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.uri = None if uri == "off" or idist.get_rank() > 0 else uri  # one run for all processes
         self.run_name = f"{command} {time.strftime('%Y-%m-%d %H:%M:%S')} {uuid.uuid4().hex[:6]}"
         self.tags = dict(tags)
         self.config = {} if config is None else config
+        self.settings = {} if settings is None else dict(settings)
         self.config_files = sorted(Path(config_dir).glob("*.json")) if config_dir else []
         self._main: Any = None  # a MONAI MLFlowHandler, whose run is open
 
@@ -106,7 +109,7 @@ class Tracker:
     def finish(self) -> None:
         """Log the resolved config, as parameters and as a file, and close the run."""
         if run := self._run:
-            config = {key: value for key, value in sorted(self.config.items()) if _is_plain(value)}
+            config = {key: value for key, value in sorted({**self.config, **self.settings}.items()) if _is_plain(value)}
             parameters = {key.replace("::", "."): str(value)[:MAX_PARAMETER_LENGTH] for key, value in config.items()}
             run._delete_exist_param_in_dict(parameters)
             for start in range(0, len(parameters), 100):  # MLflow takes 100 at once

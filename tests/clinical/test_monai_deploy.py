@@ -24,10 +24,12 @@ from pydicom import Dataset, dcmread
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import BasicTextSRStorage, CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
+from bundle.checkpoint import read_checkpoint
 from bundle.dicom.mr import SeriesIdentity, mr_series, write_series
 from bundle.errors import BundleError
 from bundle.inferers import SliceBatchInferer
 from bundle.model import Settings
+from bundle.networks.detector import encode_identity
 from bundle.transforms import OrientSlicesd, ScaleIntensityByModalityd
 from scripts.integrations.environments import default_base, environment
 from scripts.integrations.monai_deploy.package import APPLICATION, CONFIGS, make_application
@@ -437,6 +439,24 @@ def test_model_embeds_the_knobs_of_its_training_and_nothing_of_this_bundle(packa
     assert inference["ct_window"] == [-160.0, 240.0]
     assert inference["axcodes"]["S"] == "PLS"
     assert metadata["network_data_format"]["outputs"]["mask"]["channel_def"]["1"] == "anomaly"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"mode": "$__import__('pathlib').Path('ran').touch()"},
+        {"intensity": {"_target_": "os.mkdir", "path": "ran"}},
+        {"slice_plane": "%configs/train.json::run"},
+        {"tiles": "@bundle_root"},
+    ],
+)
+def test_values_of_a_hostile_checkpoint_never_run(trained, tmp_path, monkeypatch, entry):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = read_checkpoint(trained / "model.pt")
+    torch.save({**checkpoint.state, "identity": encode_identity(checkpoint.identity | entry)}, tmp_path / "bad.pt")
+    with pytest.raises(BundleError, match=next(iter(entry))):
+        make_application(tmp_path / "bad.pt", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"bad.pt"}
 
 
 @pytest.mark.parametrize("intensity", ["auto", "mr", "8bit", "ct_lung"])
