@@ -128,7 +128,8 @@ class MovingAverage(EMAHandler):
 class FitBeforeTraining:
     """Fits in closed form what training starts from: a handler of the trainer, to be placed first.
 
-    Where the trainer runs again, as in federated learning, standardization and linear prediction stay as they are.
+    It depends on the images alone. Where the trainer runs again, as in federated learning, a site has its own
+    standardization and linear prediction again, whatever weights came from elsewhere.
 
     Args:
         detector: whose density is trained.
@@ -155,10 +156,8 @@ class FitBeforeTraining:
         """Register with the trainer."""
         engine.add_event_handler(Events.STARTED, self.fit)
 
-    def fit(self, engine: Engine) -> None:
-        """Fit, in the first run of the trainer."""
-        if engine.state.epoch > 0:
-            return
+    def fit(self) -> None:
+        """Fit the detector."""
         self.detector.set_standardization(*self.training.channel_moments())
         self.detector.fit_before_training(self.training.batches(self.patches), self.validation.batches(self.patches))
         self.ema.restart()
@@ -298,10 +297,14 @@ class TrainingState:
             self.path.unlink(missing_ok=True)
 
     def resume(self, engine: Engine) -> None:
-        """Go on from the file, if it is there and fits; where the trainer runs again, from what the density is now."""
+        """Go on from the file, if it is there and fits.
+
+        Where the trainer runs again, nothing is resumed: the best epoch is sought anew, and the schedule starts again.
+        """
         if engine.state.epoch > 0:
             self.best_loss, self.best_epoch = math.inf, engine.state.epoch
-            self.ema.restart()
+            self.scheduler.last_epoch = -1  # its word for steps
+            self.scheduler.step()
             return
         if not self.path.is_file():
             return

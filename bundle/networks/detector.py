@@ -362,6 +362,6 @@ def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     ]
     if not differences:
         return
-    only_weights = len(differences) == 1 and "weights" in stored and stored["weights"] != wanted.get("weights")
+    only_weights = len(differences) == 1 and "weights" in wanted and stored.get("weights") != wanted["weights"]
     remedy = "give --weights those it was trained with" if only_weights else "leave these out, or take another model"
     raise BundleError(f"the model was trained with {'; '.join(differences)}: {remedy}")
