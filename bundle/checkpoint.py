@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from bundle.errors import BundleError
 from bundle.files import whole_file
-from bundle.model import Settings, known_settings, settings_in
-from bundle.networks.detector import decode_identity, refuse_other
+from bundle.model import Settings, agreed_settings, known_settings
+from bundle.networks.detector import decode_identity
 
 STORED = torch.float16  # of the weights in a checkpoint: half the size, and far more digits than a prediction has
 FORGOTTEN = ("likelihood",)  # what identities of earlier versions hold beside settings and facts of the weights
@@ -72,16 +72,13 @@ def trained_settings(path: str | os.PathLike, given: Mapping[str, Any] | None = 
 
     Args:
         path: of the checkpoint.
-        given: settings that the caller expects, or that the checkpoint of an earlier version does not have.
+        given: settings that the caller expects, or that the model leaves open.
 
     Raises:
         BundleError: if there is no such checkpoint, an entry is of another type, or ``given`` is not what the model was
             trained with.
     """
-    identity = read_checkpoint(path).identity
-    expected = Settings(given).given
-    refuse_other(identity, expected)
-    return Settings(expected | settings_in(identity).given)
+    return agreed_settings(read_checkpoint(path).identity, given)
 
 
 def load_checkpoint(detector: Any, path: str | os.PathLike) -> None:
@@ -111,5 +108,6 @@ def load_checkpoint(detector: Any, path: str | os.PathLike) -> None:
 
 def _no_checkpoint(path: str | os.PathLike, error: Exception) -> BundleError:
     more = isinstance(error, pickle.UnpicklingError)  # its text advises to run what the file holds
-    reason = "it holds more than tensors" if more else (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = "it holds more than tensors" if more else " ".join(lines[:2])
     return BundleError(f"'{path}' is no checkpoint of this bundle ({reason}): give the model.pt of a training")

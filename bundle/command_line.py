@@ -18,11 +18,11 @@ from monai.bundle import ConfigParser
 from monai.bundle.scripts import run
 
 from bundle.errors import BundleError, did_you_mean, user_error
-from bundle.knobs import SYNTAX, Knob, knob_of, read_text, typed
+from bundle.knobs import SYNTAX, Knob, is_used, knob_of, read_text, typed
 from bundle.model import known_settings
 
 MODEL = "model"  # the item of a config that holds the settings of the model
-COMMANDS = ("monai/bundle/__main__.py", "dinov3_spatial_ar/__main__.py")
+COMMAND = "monai/bundle/__main__.py"
 
 
 def start(arguments: Sequence[str] | None = None) -> None:
@@ -38,13 +38,13 @@ def start(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv if arguments is None else arguments
     parser = _running_parser()
-    if len(arguments) > 1 and Path(arguments[0]).as_posix().endswith(COMMANDS):
+    if len(arguments) > 1 and Path(arguments[0]).as_posix().endswith(COMMAND):
         sys.excepthook = show_error
         given = given_texts(arguments[2:])
-        if files := given.pop("config_file", None):
-            knobs = read_knobs(given, read_config(files))
-            for name, value in knobs.items() if parser else ():
-                _set(parser, name, value)
+        if parser is not None and (files := given.pop("config_file", None)):
+            for name, value in read_knobs(given, read_config(files)).items():
+                if not (isinstance(value, str) and value.startswith(SYNTAX)):  # else it is as MONAI has it
+                    parser[name] = value
     if parser is not None:
         nest_settings(parser)
 
@@ -81,6 +81,9 @@ def read_knobs(given: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
         if name.split("::")[0] in signature(run).parameters or name.startswith(ConfigParser.meta_key):
             continue
         knob = find_knob(name, config)
+        if isinstance(value, dict) and "_target_" in value:
+            values[name] = value  # another component, which only a file can give
+            continue
         values[name] = read_text(name, value, knob) if isinstance(value, str) else typed(name, value, knob)
     return values
 
@@ -97,10 +100,9 @@ def find_knob(name: str, config: Mapping[str, Any]) -> Knob:
     if setting in settings and name not in config:
         return settings[setting]._replace(default=config[MODEL].get(setting, settings[setting].default))
     if top in config and not (top == MODEL and inner):
-        knob = knob_of(config, name)
-        if knob == Knob(Any, None):
+        if not inner and not _is_steps(config[top]) and not isinstance(config[top], dict) and not is_used(config, top):
             raise BundleError(f"knob --{name} has no use in this command: leave it out")
-        return knob
+        return knob_of(config, name)
     knobs = [key for key, value in config.items() if not isinstance(value, dict) and not _is_steps(value)]
     raise BundleError(f"knob --{name} is unknown: {did_you_mean(setting, {*knobs, *settings})}")
 
@@ -153,13 +155,6 @@ def read_config(files: Any) -> dict[str, Any]:
     parser = ConfigParser(ConfigParser.load_config_files(DefaultParseValue(files) if isinstance(files, str) else files))
     parser.resolve_macro_and_relative_ids()
     return dict(parser.get())
-
-
-def _set(parser: Any, name: str, value: Any) -> None:
-    """Put a value into the config; a macro is resolved at once, since the config's own ones are already."""
-    if isinstance(value, str) and value.startswith(SYNTAX):
-        return  # as MONAI has it
-    parser[name] = value
 
 
 def _running_parser() -> ConfigParser | None:

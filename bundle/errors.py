@@ -15,7 +15,7 @@ class BundleError(ValueError):
 
 
 def did_you_mean(value: str, options: Iterable[str]) -> str:
-    """A hint for a misspelt ``value``: the closest of ``options``, and all of them.
+    """A hint for a misspelled ``value``: the closest of ``options``, and all of them.
 
     >>> did_you_mean("casual", ["causal", "standard"])
     "did you mean 'causal'? (choose from causal, standard)"

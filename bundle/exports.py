@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from bundle.compute import Compute
 from bundle.errors import BundleError, check_choice
 from bundle.files import whole_files, write_csv
-from bundle.model import Settings, settings_in
+from bundle.model import agreed_settings
 from bundle.networks.backbones import BACKBONES
-from bundle.networks.detector import AnomalyDetector, Detection, decode_identity, refuse_other
+from bundle.networks.detector import AnomalyDetector, Detection, decode_identity
 from bundle.networks.features import CPU_PIXELS
 from bundle.provenance import model_words
 
@@ -252,18 +252,19 @@ class ExportedDetector(nn.Module):
     Args:
         runner: the open file.
         compute: where it runs, and how precisely.
+        given: see :func:`load_exported`.
 
     Attributes:
         compute: as given.
         settings: of the model, see :mod:`bundle.model`.
     """
 
-    def __init__(self, runner: Runner, compute: Compute) -> None:
+    def __init__(self, runner: Runner, compute: Compute, given: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.threshold, self.image_threshold, self.false_positive_rate, self.image_false_positive_rate = (
             runner.calibration
         )
-        self.settings = settings_in(runner.identity)
+        self.settings = agreed_settings(runner.identity, given)
         self.image_size: list[int] = self.settings["image_size"]
         self.compute = compute
         self._run = runner.run(compute)
@@ -311,7 +312,7 @@ def load_exported(
         path: .ts, .onnx or .xml.
         device, precision: see :class:`~bundle.compute.Compute`. TorchScript follows both; OpenVINO follows the
             precision, on a CPU; ONNX runs in 32 bits, on the GPU where onnxruntime has a provider for it.
-        given: settings that the caller expects; must be as in the file.
+        given: settings that the caller expects, or that the model leaves open.
 
     Raises:
         BundleError: if the file is missing, damaged, of another make, version or settings, or the package that reads it
@@ -324,10 +325,9 @@ def load_exported(
         raise BundleError(f"no exported detector at '{file}': make it by the command exporting, or give --exported")
     try:
         runner = _READERS[file.suffix](file)
-        refuse_other(runner.identity, Settings(given).given)
         name = runner.identity["backbone"]
         spec = BACKBONES[check_choice(f"backbone of '{path}'", name, BACKBONES)]
-        return ExportedDetector(runner, Compute(device, precision, features=spec))
+        return ExportedDetector(runner, Compute(device, precision, features=spec), given)
     except BundleError:
         raise
     except Exception as error:
@@ -401,7 +401,7 @@ def _read_openvino(file: Path) -> Runner:
 def _from_passport(passport: dict[str, str], runs: Callable[[Compute], Callable[[Tensor], Sequence[Tensor]]]) -> Runner:
     if "identity" not in passport:
         raise ValueError("it has no identity")
-    calibration = [torch.tensor(float(passport[name])) for name in _CALIBRATION]
+    calibration = [torch.tensor(float(passport[name]), dtype=torch.float64) for name in _CALIBRATION]
     return Runner(dict(json.loads(passport["identity"])), calibration, runs)
 
 

@@ -35,15 +35,20 @@ def files_of(source: Source) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
 
 
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 (hex) of a file, as other programs give it."""
+    status = os.stat(path)
+    return _file_digest(str(path), status.st_ino, status.st_size, status.st_mtime_ns).hex()
+
+
 def content_key(source: Source) -> str:
-    """SHA-256 (hex) of a file, or of all files of a folder or a DICOM series in order of name.
+    """What tells the content of a source from others: SHA-256 (hex) over the hashes of its files, in order of name.
 
     A process reads a file once for it, and again only if the file has changed.
     """
     digest = hashlib.sha256()
     for part in files_of(source):
-        status = part.stat()
-        digest.update(_file_digest(str(part), status.st_ino, status.st_size, status.st_mtime_ns))
+        digest.update(bytes.fromhex(file_sha256(part)))
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -88,16 +89,21 @@ def knob_of(config: Mapping[str, Any], name: str) -> Knob:
     default = _item(config, name)
     if isinstance(default, str) and default.startswith("@") and default[1:] in config:
         return knob_of(config, default[1:])
-    kinds = (kind for kind in _consumers(config, name) if kind is not Any)
-    if (kind := next(kinds, None)) is not None:
-        return Knob(kind, default)
-    if default is None or (isinstance(default, str) and default.startswith(SYNTAX)):
-        return Knob(Any if default is None else str, None)
-    if isinstance(default, dict):
-        return Knob(str, None) if "_target_" in default else Knob(Any, default)
+    kind = next((kind for kind in _consumers(config, name) if kind is not Any), None)
+    if kind is not None:
+        return Knob(kind if default is not None else kind | None, default)
+    if isinstance(default, dict) or default is None:
+        return Knob(Any, None)
+    if isinstance(default, str) and default.startswith(SYNTAX):
+        return Knob(str, None)
     if isinstance(default, list):
         return Knob(list[type(default[0])] if default else list, default)  # type: ignore[misc]
     return Knob(type(default), default)
+
+
+def is_used(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a part of ``config`` refers to the item ``name``."""
+    return re.search(rf"@{re.escape(name)}\b", json.dumps(config, default=str)) is not None
 
 
 def words(kind: Any) -> str:
@@ -115,7 +121,7 @@ def words(kind: Any) -> str:
         return " or ".join(dict.fromkeys(map(words, typing.get_args(kind))))
     if isinstance(origin, type) and issubclass(origin, Sequence):
         inner = words(typing.get_args(kind)[0]).removeprefix("a ")
-        return f"a list of {inner if inner == 'text' else f'{inner}s'}"
+        return f"a list of {f'{inner}s' if inner.endswith('number') else inner}"
     return names.get(origin or kind, getattr(kind, "__name__", str(kind)))
 
 
@@ -146,7 +152,7 @@ def _example(knob: Knob) -> Any:
     """A value of the right type."""
     if knob.default is not None:
         return knob.default
-    for example in (True, 8, 0.5, [1, 2], "text"):
+    for example in (True, 0.5, 8, [1, 2], "text"):
         if _fits(example, knob.kind):
             return example
     return None
@@ -185,12 +191,10 @@ def _annotation(component: Mapping[str, Any], argument: str) -> Iterator[Any]:
     target = component.get("_target_")
     if isinstance(target, str) and target.startswith(OWN_PACKAGES):
         part: Any = locate(target)
-        if argument in (knobs := settings_of(part) | _required(part)):
-            yield knobs[argument].kind
-
-
-def _required(part: Callable[..., Any]) -> dict[str, Knob]:
-    return {name: Knob(kind) for name, kind in _hints(part).items() if name not in settings_of(part)}
+        if part is None:
+            raise BundleError(f"_target_ '{target}' of the config does not exist: correct its name")
+        if argument in (hints := _hints(part)):
+            yield hints[argument]
 
 
 def _hints(part: Callable[..., Any]) -> dict[str, Any]:

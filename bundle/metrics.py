@@ -50,7 +50,7 @@ MAX_STATE_BYTES = 28 * MAX_BINS + 12 * MAX_PENDING
 
 ERROR_LIMIT = 1e-4
 CURVE_POINTS = 1000
-EIGHT_NEIGHBOURS = np.ones((3, 3))
+EIGHT_NEIGHBORS = np.ones((3, 3))
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -89,7 +89,7 @@ class ScoreHistogram:
         self._group(self.keys >> np.uint32(1), self.weights)
 
     def _group(self, keys: NDArray[np.uint32], weights: NDArray[np.float64]) -> None:
-        """Join equal neighbours of the sorted ``keys``."""
+        """Join equal neighbors of the sorted ``keys``."""
         if keys.size:
             starts = np.flatnonzero(np.diff(keys, prepend=~keys[:1]))
             keys, weights = keys[starts], np.add.reduceat(weights, starts, axis=1)
@@ -199,7 +199,7 @@ class AnomalyMetrics:
         self.false_negative += int(np.count_nonzero(lesion)) - hits
         keys = _ordered_keys(scores)
         if lesion.any():
-            region_of, regions = ndimage.label(lesion, structure=EIGHT_NEIGHBOURS)
+            region_of, regions = ndimage.label(lesion, structure=EIGHT_NEIGHBORS)
             region_of = region_of[lesion]
             self._lesion.append(keys[lesion])
             self._region_weight.append(1 / np.bincount(region_of)[region_of])

@@ -15,13 +15,15 @@ from bundle.errors import BundleError, check_choice, did_you_mean
 from bundle.knobs import SYNTAX, Knob, settings_of, typed
 from bundle.networks.context import CONTEXTS
 from bundle.networks.density import SpatialARDensity
-from bundle.networks.detector import AnomalyDetector
+from bundle.networks.detector import AnomalyDetector, refuse_other, same
 from bundle.networks.features import FeatureNetwork
 from bundle.transforms.reading import Reading
 
 PARTS: tuple[Callable[..., Any], ...] = (Reading, FeatureNetwork, SpatialARDensity, *CONTEXTS.values(), AnomalyDetector)
 # arguments that say where things are, or hand one part to another
 NO_SETTINGS = ("weights", "weights_sha256", "timm_kwargs", "preprocessing")
+OPEN = ("channel",)  # what a model may leave to its user
+TO_BE_CHOSEN = {"backbone": "auto", "layers": None, "image_size": None}  # values that stand for a choice of training
 
 
 class Settings(Mapping[str, Any]):
@@ -64,9 +66,15 @@ class Settings(Mapping[str, Any]):
 
 @cache
 def known_settings() -> dict[str, Knob]:
-    """All settings, with their types and defaults."""
-    found = {name: knob for part in PARTS for name, knob in settings_of(part).items()}
-    return {name: knob for name, knob in found.items() if name not in NO_SETTINGS}
+    """All settings, with their types and defaults; parts that share one agree on both."""
+    known: dict[str, Knob] = {}
+    for part in PARTS:
+        for name, knob in settings_of(part).items():
+            plain = list(knob.default) if isinstance(knob.default, tuple) else knob.default
+            knob = knob._replace(default=plain)
+            if name not in NO_SETTINGS and known.setdefault(name, knob) != knob:
+                raise TypeError(f"{part} has another type or default of {name} than another part: {knob}")
+    return known
 
 
 def settings_in(identity: Mapping[str, Any]) -> Settings:
@@ -76,6 +84,25 @@ def settings_in(identity: Mapping[str, Any]) -> Settings:
         BundleError: for a value of another type.
     """
     return Settings({name: value for name, value in identity.items() if name in known_settings()})
+
+
+def agreed_settings(identity: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Settings:
+    """The settings in an ``identity``, with which those that are ``given`` must agree.
+
+    Args:
+        identity: of a checkpoint or an exported file.
+        given: settings that the caller expects, or that the model leaves open.
+
+    Raises:
+        BundleError: for a value of another type, or settings that the model does not have; all in one line.
+    """
+    wishes = {name: value for name, value in Settings(given).given.items() if value != TO_BE_CHOSEN.get(name, ...)}
+    refuse_other(identity, wishes)
+    known = known_settings()
+    absent = [name for name in wishes if name not in identity and name not in OPEN]
+    if unused := [name for name in absent if not same(known[name].default, wishes[name])]:
+        raise BundleError(f"{', '.join(unused)} has no part in this model: leave it out")
+    return Settings(wishes | settings_in(identity).given)
 
 
 def make_detector(

@@ -29,10 +29,11 @@ from bundle.distributed import check_synchronized
 from bundle.errors import BundleError, check_choice
 from bundle.networks.detector import AnomalyDetector
 from bundle.networks.scores import check_rate
+from bundle.networks.weights import weights_id
 from bundle.tracking import Tracker
 
 SCHEDULES = ("cosine", "constant")
-STATE_FORMAT = 2  # of the file of an interrupted training
+STATE_FORMAT = 3  # of the file of an interrupted training
 
 logger = logging.getLogger(__name__)
 
@@ -115,21 +116,23 @@ class MovingAverage(EMAHandler):
             raise BundleError(f"ema_momentum must be in (0, 1], got {momentum}: try 0.01, or 1 for no average")
         super().__init__(model, momentum=0.5)
         self.momentum = momentum  # 1, too, which Ignite refuses
+        self.begin = 0  # iteration
 
     def _update_ema_model(self, engine: Engine, name: str) -> None:
-        setattr(engine.state, name, max(self.momentum, 9 / (9 + engine.state.iteration)))
+        setattr(engine.state, name, max(self.momentum, 9 / (9 + engine.state.iteration - self.begin)))
         super()._update_ema_model(engine, name)
 
-    def restart(self) -> None:
-        """Forget the average: it starts again from what the model is now."""
+    def restart(self, iteration: int) -> None:
+        """Forget the average: it starts again from what the model is now, after ``iteration`` iterations."""
+        self.begin = iteration
         self.ema_model.load_state_dict(self.model.state_dict())
 
 
 class FitBeforeTraining:
     """Fits in closed form what training starts from: a handler of the trainer, to be placed first.
 
-    It depends on the images alone. Where the trainer runs again, as in federated learning, a site has its own
-    standardization and linear prediction again, whatever weights came from elsewhere.
+    Where the trainer runs again, as in federated learning, a site has its own standardization and linear prediction
+    again, whatever weights came from elsewhere.
 
     Args:
         detector: whose density is trained.
@@ -156,11 +159,11 @@ class FitBeforeTraining:
         """Register with the trainer."""
         engine.add_event_handler(Events.STARTED, self.fit)
 
-    def fit(self) -> None:
+    def fit(self, engine: Engine) -> None:
         """Fit the detector."""
         self.detector.set_standardization(*self.training.channel_moments())
         self.detector.fit_before_training(self.training.batches(self.patches), self.validation.batches(self.patches))
-        self.ema.restart()
+        self.ema.restart(engine.state.iteration)
 
 
 class Calibration:
@@ -268,8 +271,8 @@ class TrainingState:
         self.ema = ema
         self.validator = validator
         self.patience = patience
-        written_under = json.dumps([STATE_FORMAT, max_epochs, val_interval, settings], sort_keys=True, default=str)
-        self.fingerprint = hashlib.sha256(written_under.encode()).hexdigest()
+        self.written_under = json.dumps([STATE_FORMAT, max_epochs, val_interval, settings], sort_keys=True, default=str)
+        self.fingerprint = ""
         self.seed = seed
         self.best_loss, self.best_epoch, self.validated_epoch = math.inf, 0, 0
         self.best_density: dict[str, Tensor] = {}
@@ -303,9 +306,13 @@ class TrainingState:
         """
         if engine.state.epoch > 0:
             self.best_loss, self.best_epoch = math.inf, engine.state.epoch
+            self.validator.state.metrics.clear()
             self.scheduler.last_epoch = -1  # its word for steps
             self.scheduler.step()
             return
+        # weights that came from elsewhere are no beginning of this training
+        begin = weights_id(self.detector.density.contexts)
+        self.fingerprint = hashlib.sha256(f"{self.written_under} {begin}".encode()).hexdigest()
         if not self.path.is_file():
             return
         state = torch.load(self.path, map_location="cpu", weights_only=True)

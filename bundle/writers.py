@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from bundle import __version__
 from bundle.errors import BundleError
 from bundle.figures import blend_slices, heat, overlay, picture
-from bundle.files import NIFTI_SUFFIXES, content_key, is_flat
+from bundle.files import NIFTI_SUFFIXES, file_sha256, is_flat
 from bundle.networks.detector import Detector
 from bundle.provenance import model_words
 from bundle.results import CaseResult
@@ -156,7 +156,7 @@ class OverlayWriter(Writer):
     def write(self, stem: Path, result: CaseResult, image: MetaTensor) -> None:
         """Write the picture, with the score in words."""
         worst = result.slices[result.worst_position]
-        instance = f" (instance {worst.instance})" if worst.instance else ""
+        instance = f" (instance {worst.instance})" if worst.instance is not None else ""
         place = f" slice {worst.index}{instance}" if len(result.slices) > 1 else ""
         overlay(
             picture(image.as_tensor(), worst.position),
@@ -199,7 +199,7 @@ class DicomWriter(Writer):
         from bundle.dicom.objects import Algorithm
 
         identity = self.settings.detector.describe()
-        return Algorithm(__version__, str(identity["weights"]), content_key(self.settings.model_file))
+        return Algorithm(__version__, str(identity["weights"]), file_sha256(self.settings.model_file))
 
 
 WRITERS: tuple[type[Writer], ...] = (PictureWriter, NiftiWriter, OverlayWriter, DicomWriter)

@@ -250,7 +250,7 @@ def test_two_folders_of_one_set_are_refused(tmp_path):
         (["--config", "pyproject.toml"], "cannot read --config 'pyproject.toml'"),
     ],
 )
-def test_what_is_misspelt_is_refused_with_the_closest_name(tmp_path, words, message):
+def test_what_is_misspelled_is_refused_with_the_closest_name(tmp_path, words, message):
     with pytest.raises(BundleError, match=message):
         benchmark(arguments(tiny_set(tmp_path / "set"), tmp_path / "out", *words))
 

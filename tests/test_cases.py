@@ -224,7 +224,7 @@ def test_a_set_of_unreadable_images_only_is_refused_even_when_skipping(tmp_path)
         keep_readable(find_images(tmp_path), LoadCased("image"), on_error="skip")
 
 
-def test_a_misspelt_on_error_is_named(tmp_path):
+def test_a_misspelled_on_error_is_named(tmp_path):
     with pytest.raises(BundleError, match="did you mean 'skip'"):
         keep_readable([], LoadCased("image"), on_error="skipp")
 

@@ -44,11 +44,11 @@ def _at_root(monkeypatch):
 def knobs_of(name):
     """Every knob of a command: the plain values of its config, and the settings of the model."""
     config = read_config(FILES[name])
-    plain = [key for key in config if not key.startswith("_") and find_or_none(key, config)]
+    plain = [key for key in config if not key.startswith("_") and is_knob(key, config)]
     return config, [*plain, *known_settings()]
 
 
-def find_or_none(name, config):
+def is_knob(name, config):
     value = config[name]
     steps = isinstance(value, list) and any(isinstance(item, (str, dict)) for item in value) and name != "formats"
     component = isinstance(value, dict) and name not in ("device", "tracking_uri")
@@ -56,7 +56,8 @@ def find_or_none(name, config):
     return not (steps or component or reference)
 
 
-UNUSED = {("exported", "weights"), ("exported", "weights_sha256")}  # the file holds them
+# the file holds them, or decides them
+UNUSED = {("exported", name) for name in ("weights", "weights_sha256", "checkpoint", "compile")}
 EVERY = [(name, knob) for name in FILES for knob in knobs_of(name)[1] if (name, knob) not in UNUSED]
 
 
@@ -131,6 +132,23 @@ def test_nested_items_and_monais_own_options_are_accepted():
     assert read_knobs(given, read_config([TRAIN])) == {"train::trainer::max_epochs": 3, "model::mode": "causal"}
 
 
+def test_arguments_that_only_a_foreign_component_knows_are_accepted():
+    given = {"train::optimizer::weight_decay": "0.1", "train::trainer::amp": "true"}
+    assert list(read_knobs(given, read_config([TRAIN])).values()) == [0.1, True]
+
+
+def test_a_file_may_give_another_component():
+    given = {"tracker": {"_target_": "bundle.tracking.Tracker", "uri": "off", "command": "x", "tags": {}}}
+    assert read_knobs(given, read_config([TRAIN])) == given
+
+
+def test_a_knob_whose_default_is_null_takes_null():
+    config = read_config(FILES["evaluate"])
+    assert read_knobs({"false_positive_rate": "null"}, config) == {"false_positive_rate": None}
+    with pytest.raises(BundleError, match="--false_positive_rate must be a number or null, .*: for example .* 0.5"):
+        read_knobs({"false_positive_rate": "some"}, config)
+
+
 def test_settings_given_at_the_top_reach_the_model():
     parser = ConfigParser(ConfigParser.load_config_files([TRAIN]))
     parser["mode"], parser["per_position"] = "causal", False
@@ -182,8 +200,9 @@ def test_a_flag_without_a_value_is_true(tmp_path):
 
 
 def test_nothing_happens_where_the_bundle_is_used_from_python():
-    start(["python", "script.py"])
-    assert sys.excepthook is not None
+    before = sys.excepthook
+    start(["python", "script.py", "--per_position=maybe"])
+    assert sys.excepthook is before
 
 
 @pytest.mark.slow

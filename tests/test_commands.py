@@ -421,10 +421,10 @@ def test_the_bundle_runs_from_its_root_without_an_installation(knobs, cohort, tm
 
 
 BAD = {
-    "a misspelt knob": ({"max_epoch": 3}, "--max_epoch is unknown: did you mean 'max_epochs'"),
-    "a misspelt backbone": ({"backbone": "dinov3_vits61"}, "did you mean 'dinov3_vits16'"),
+    "a misspelled knob": ({"max_epoch": 3}, "--max_epoch is unknown: did you mean 'max_epochs'"),
+    "a misspelled backbone": ({"backbone": "dinov3_vits61"}, "did you mean 'dinov3_vits16'"),
     "a named backbone without weights": ({"backbone": "dinov3_vits16"}, "BACKBONE_WEIGHTS"),
-    "a misspelt mode": ({"mode": "casual"}, "did you mean 'causal'"),
+    "a misspelled mode": ({"mode": "casual"}, "did you mean 'causal'"),
     "a missing folder": ({"dataset_dir": "/nowhere"}, "no data at '/nowhere'"),
     "text for a number": (
         {"max_epochs": "many"},

@@ -147,7 +147,7 @@ def test_a_checkpoint_of_another_backbone_is_refused_with_both_names(detector, t
 def test_a_checkpoint_of_other_weights_is_refused(detector, tmp_path):
     save_checkpoint(detector, tmp_path / "model.pt")
     other = small_detector(FeatureNetwork("efficientnet_lite0", "random"))
-    with pytest.raises(BundleError, match="weights '5b46.*, not 'random:.*: give --weights those it was trained with"):
+    with pytest.raises(BundleError, match="weights '5b46.*, not 'random:.*: give --weights those of the training"):
         load_checkpoint(other, tmp_path / "model.pt")
 
 

@@ -220,7 +220,7 @@ def test_a_missing_package_is_named(lite, monkeypatch):
     assert 'pip install -e ".[export]"' in refusal(load_exported, lite[1] / "model.onnx")
 
 
-def test_a_misspelt_format_is_refused(detector, tmp_path):
+def test_a_misspelled_format_is_refused(detector, tmp_path):
     assert "did you mean 'openvino'" in refusal(export_all, detector, tmp_path, "openvin")
     assert not list(tmp_path.iterdir())
 

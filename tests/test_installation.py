@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 from PIL import Image
 
 from bundle import __version__
-from bundle.training import save_checkpoint
+from bundle.checkpoint import save_checkpoint
 from scripts.launcher.__main__ import copy_configs, with_configs
 
 

@@ -127,7 +127,7 @@ def test_each_region_weighs_the_same_in_aupro_whatever_its_area():
     assert metrics.compute()["aupro"] == pytest.approx(0.5 + 0.5 * 0.3 / 2)
 
 
-def test_diagonal_neighbours_form_one_region():
+def test_diagonal_neighbors_form_one_region():
     metrics = AnomalyMetrics(0.5)
     metrics.update(np.eye(4), np.eye(4, dtype=bool), 1.0, 1)
     assert metrics.regions == 1

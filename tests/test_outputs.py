@@ -71,7 +71,7 @@ def test_a_dicom_file_is_parsed_once_to_group_it_and_each_time_its_pixels_are_re
 
 
 def test_the_model_is_hashed_once_a_run_and_only_for_dicom(two_series, tmp_path, monkeypatch):
-    hashed = counting(monkeypatch, bundle.writers, "content_key")
+    hashed = counting(monkeypatch, bundle.writers, "file_sha256")
     infer(two_series[0], tmp_path / "out")
     assert not hashed
     infer(two_series[0], tmp_path / "out", write_dicom=True)

@@ -285,7 +285,7 @@ def test_mask_values_count_by_the_rule():
 
 
 @pytest.mark.parametrize("rule", ["=255", ">", "255", "", "any"])
-def test_a_misspelt_mask_rule_is_refused_with_examples(rule):
+def test_a_misspelled_mask_rule_is_refused_with_examples(rule):
     with pytest.raises(BundleError, match="try '>0' or '==255'"):
         ReadMaskd(rule)
 

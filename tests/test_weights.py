@@ -99,7 +99,7 @@ def test_describe_is_plain_json() -> None:
 # where weights come from
 
 
-def test_misspelt_backbone_gets_a_hint() -> None:
+def test_misspelled_backbone_gets_a_hint() -> None:
     assert "did you mean 'dinov3_vits16'?" in refusal("dino3_vits16")
 
 

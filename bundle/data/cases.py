@@ -1,9 +1,9 @@
 """What to train, validate, test and infer on: from a folder or a datalist to lists of cases.
 
 A case is a dictionary: ``image`` (path, or the files of a DICOM series), ``name`` (unique, used for outputs), for
-labeled sets ``mask`` (path) and ``label`` (1 if anomalous), ``patient`` where a datalist says so, and ``key`` (hash of
-the image) where there is a feature cache. All files are
-read once before work begins, so that a bad one is named in the first seconds.
+labeled sets ``mask`` (path) and ``label`` (1 if anomalous), ``patient`` where a datalist says so, and, once it is
+embedded or looked for in the feature cache, ``key`` (of its content). All files are read once before work begins, so
+that a bad one is named in the first seconds.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def read_splits(
         seed: see :func:`find_splits`.
         needed: the splits that are read; the others stay empty.
         store: the feature cache; healthy images that it knows by their content were read before, and are not again.
-            Each healthy case then has its ``key``. None: there is no cache, and nothing is hashed.
+            Each healthy case then has its ``key``. None: there is no cache to look into.
         healthy_images: how many of the training images are used, drawn by ``seed``; None: all.
 
     Raises:

@@ -20,6 +20,7 @@ from bundle.networks.gaussian import moments
 from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold, largest_of_each
 from bundle.networks.settings import remembers_settings
 
+WEIGHT_FACTS = {"weights", "positions", "mean", "std"}  # entries of an identity that follow from the weights
 # settings of the detector that embeddings do not depend on
 AFTER_EMBEDDING = (
     "standardize",
@@ -344,24 +345,20 @@ def decode_identity(stored: Tensor) -> dict[str, Any]:
     return dict(json.loads(bytes(stored.tolist()).decode()))
 
 
-def _same(stored: Any, wanted: Any) -> bool:
-    """Whether two entries mean the same: one number stands for equal ones, and ``auto`` for any backbone."""
-    return wanted in (stored, "auto") or (isinstance(stored, list) and all(side == wanted for side in stored))
-
-
 def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that is not what is ``wanted``; an entry that only one of them has is no difference.
+    """Refuse a model that is not what is ``wanted``, as far as both tell.
 
     Raises:
         BundleError: with all differences in one line.
     """
-    differences = [
-        f"{name} {stored[name]!r}, not {wanted[name]!r}"
-        for name in sorted(stored.keys() & wanted.keys())
-        if not _same(stored[name], wanted[name])
-    ]
-    if not differences:
-        return
-    only_weights = len(differences) == 1 and "weights" in wanted and stored.get("weights") != wanted["weights"]
-    remedy = "give --weights those it was trained with" if only_weights else "leave these out, or take another model"
-    raise BundleError(f"the model was trained with {'; '.join(differences)}: {remedy}")
+    different = [name for name in sorted(stored.keys() & wanted.keys()) if not same(stored[name], wanted[name])]
+    if different:
+        differences = "; ".join(f"{name} {stored[name]!r}, not {wanted[name]!r}" for name in different)
+        of_weights = WEIGHT_FACTS.issuperset(different)
+        remedy = "give --weights those of the training" if of_weights else "leave these out, or take another model"
+        raise BundleError(f"the model was trained with {differences}: {remedy}")
+
+
+def same(stored: Any, wanted: Any) -> bool:
+    """Whether two entries mean the same: one number stands for a list of equal ones."""
+    return stored == wanted or (isinstance(stored, list) and all(side == wanted for side in stored))

@@ -29,10 +29,9 @@ class FeatureNetwork(nn.Module):
             ViT-S/14, else EfficientNet-Lite0, both with a warning.
         weights: file or folder of the weights, 'random', or None to look for them (:mod:`bundle.networks.weights`).
         weights_sha256: hash (hex) that the file must have.
-        layers: what to tap, joined in ascending order along the channels; negative ones count from the end. ViT:
-            blocks, each followed by the final norm; default the last one. ConvNeXt: stages 0 to 3, the last followed by
-            the final norm; default 2. EfficientNet: stages 0 to 6; default 2 and 4. A map of another stride is brought
-            to the grid of ``patch_size``.
+        layers: what to tap, joined in ascending order along the channels; negative ones count from the end. Blocks of a
+            ViT, stages of a convolutional network, see :mod:`bundle.networks.backbones`; None: those of the backbone's
+            row there. A map of another stride is brought to the grid of ``patch_size``.
         timm_kwargs: changes of the architecture, as ``timm.create_model`` takes them; for tiny networks in tests.
 
     Attributes:

@@ -106,7 +106,7 @@ def weights_id(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -149,15 +149,15 @@ def _load(network: nn.Module, tensors: dict[str, Tensor], source: Source) -> str
     if found == expected:
         network.load_state_dict(state)
         return publisher
-    shared = found.keys() & expected.keys()
+    common = found.keys() & expected.keys()
     differences = {
         "missing": expected.keys() - found.keys(),
         "unexpected": found.keys() - expected.keys(),
-        "of another shape": {key for key in shared if found[key] != expected[key]},
+        "of another shape": {key for key in common if found[key] != expected[key]},
     }
     details = "; ".join(f"{len(keys)} {what} ({_few(keys)})" for what, keys in differences.items() if keys)
-    name = next((name for name in BACKBONES if _fits(name, tensors)), None)
-    remedy = f"it looks like {name}, give --backbone {name}" if name else "give the file that belongs to this backbone"
+    names = " or ".join(name for name in BACKBONES if _fits(name, tensors))
+    remedy = f"it looks like {names}, give --backbone {names}" if names else "give the file of this backbone"
     raise BundleError(f"'{source.path}' does not fit {source.backbone} (tensors: {details}): {remedy}")
 
 

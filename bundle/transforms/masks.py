@@ -27,7 +27,7 @@ class ReadMaskd(Transform):
         rule: ``>0``, ``==255``, ... see :func:`apply_mask_rule`.
 
     Raises:
-        BundleError: if the rule is misspelt, or a case has neither a label nor a mask.
+        BundleError: if the rule is misspelled, or a case has neither a label nor a mask.
     """
 
     def __init__(self, rule: str = ">0") -> None:
@@ -58,7 +58,7 @@ def apply_mask_rule(mask: NdarrayOrTensor, rule: str) -> NdarrayOrTensor:
         rule: a comparison with a number: ``>0`` (any marked pixel), ``==255`` (only the core class), ``>=128``, ...
 
     Raises:
-        BundleError: if the rule is misspelt.
+        BundleError: if the rule is misspelled.
     """
     compare, value = _parsed(rule)
     return compare(mask, value)

@@ -354,7 +354,7 @@ def load_config(path: Path) -> dict[str, Any]:
     """Read ``configs/benchmark.json``, or the user's.
 
     Raises:
-        BundleError: if it is no JSON, lacks something, or has a misspelt mask rule.
+        BundleError: if it is no JSON, lacks something, or has a misspelled mask rule.
     """
     try:
         config = read(path)

@@ -8,7 +8,6 @@ first. Paths start from the working folder, and so do the default folders of dat
 
 from __future__ import annotations
 
-import ast
 import json
 import runpy
 import shutil
@@ -17,6 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from fire.parser import DefaultParseValue
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE if (HERE / "configs").is_dir() else HERE.parents[1]  # installed, or in a clone
@@ -69,7 +70,7 @@ def with_configs(arguments: Sequence[str], configs: Path) -> list[str]:
 def located(files: str, configs: Path) -> str:
     """The path of a file, or the list of paths of a list of files, as Fire reads them."""
     if files.startswith("["):
-        return str([located(str(file), configs) for file in ast.literal_eval(files)])
+        return str([located(str(file), configs) for file in DefaultParseValue(files)])
     shipped = configs / files.removeprefix("configs/")
     return str(shipped) if not Path(files).exists() and shipped.is_file() else files
 

@@ -413,6 +413,8 @@ def test_ctrl_c_ends_server_and_training_and_leaves_nothing(sample_cohort, model
         assert answer.status_code == 200
         while len(processes := _children(server.process.pid)) < 2:
             time.sleep(0.2)
+        while server.get("/train/").json()["status"] == "SUBMITTED":
+            time.sleep(0.2)
         assert server.get("/train/").json()["status"] == "RUNNING"
         assert list(temporary.iterdir())
         server.process.send_signal(signal.SIGINT)

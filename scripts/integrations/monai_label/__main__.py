@@ -58,28 +58,28 @@ def assemble(apps: Path, checkpoint: Path | None, given: Mapping[str, str], verb
             was trained there.
     """
     copy = apps / "model" / NAME
-    inference = ConfigParser.load_config_files(
-        [str(ROOT / f"configs/{name}.json") for name in ("inference", "monai_label")]
-    )
-    training = ConfigParser.load_config_file(ROOT / "configs/train.json")
-    knobs = read_knobs(given, {**read_config(str(ROOT / "configs/train.json")), **inference, "model": {}})
+    inference, training = ConfigParser(), ConfigParser()
+    inference.read_config([str(ROOT / f"configs/{name}.json") for name in ("inference", "monai_label")])
+    training.read_config(str(ROOT / "configs/train.json"))
+    knobs = read_knobs(given, {**read_config(str(ROOT / "configs/train.json")), **inference.get(), "model": {}})
     for name in knobs.keys() & OURS:
         raise BundleError(f"knob {name} is set by this command: leave it out")
     if knobs.get("weights") not in (None, "random"):
         knobs["weights"] = os.path.abspath(knobs["weights"])
+    knobs = {name.removeprefix("model::"): value for name, value in knobs.items()}
     settings = {name: knobs.pop(name) for name in knobs.keys() & known_settings().keys()}
     training["model"] = place_checkpoint(copy, checkpoint, settings, knobs.get("weights"))
     inference["model"] = settings
     for name, value in knobs.items():
-        (inference if name in inference else training)[name] = value
+        (inference if name.split("::")[0] in inference else training)[name] = value
     for part in ("bundle", "configs"):
         shutil.rmtree(copy / part, ignore_errors=True)
     shutil.copytree(ROOT / "bundle", copy / "bundle", ignore=shutil.ignore_patterns("__pycache__"))
     metadata = ConfigParser(ConfigParser.load_config_file(ROOT / "configs/metadata.json"))
-    metadata.update(inference.pop("_meta_"))
+    metadata.update(inference.get().pop("_meta_"))
     (copy / "configs").mkdir()
-    for name, content in (("inference", inference), ("train", training), ("metadata", metadata.get())):
-        ConfigParser.export_config_file(content, copy / f"configs/{name}.json", indent=4)
+    for name, content in (("inference", inference), ("train", training), ("metadata", metadata)):
+        ConfigParser.export_config_file(content.get(), copy / f"configs/{name}.json", indent=4)
     shutil.copy(HERE / "app.py", apps / "main.py")  # the name that MONAI Label looks for
     shutil.copy(HERE / "server.py", apps / f"{SERVER}.py")
     for folder in ("logs", "cache", "sessions", "tmp"):
