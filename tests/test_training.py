@@ -1,5 +1,6 @@
 """What training adds to MONAI's engine: corrupted inputs, schedule, moving average, early stop."""
 
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +101,19 @@ def test_the_moving_average_lags_behind_and_does_not_remember_the_start():
     assert 5 < averaged(0.01, 10) < 10
 
 
+def test_a_moving_average_that_starts_again_warms_up_again():
+    model = nn.Linear(1, 1, bias=False)
+    average = MovingAverage(model, 0.01)
+    engine = Engine(lambda *_: nn.init.constant_(model.weight, engine.state.iteration))
+    average.attach(engine)
+    engine.run(range(5000))
+    nn.init.constant_(model.weight, -1000.0)  # as from elsewhere
+    average.restart(engine.state.iteration)
+    assert float(average.ema_model.weight) == -1000
+    engine.run(range(10), max_epochs=500)
+    assert float(average.ema_model.weight) > 4900
+
+
 @pytest.mark.parametrize("momentum", [0.0, 1.5])
 def test_a_momentum_out_of_range_is_refused(momentum):
     with pytest.raises(BundleError, match="ema_momentum"):
@@ -129,9 +143,18 @@ def trained_epochs(detector, path, losses, patience, val_interval=1):
 
 
 def test_a_training_that_was_over_when_it_was_interrupted_stays_over(detector, tmp_path):
-    losses = [3.0, 1.0, 2.0, 2.0, 0.5, 0.4]
-    assert trained_epochs(detector, tmp_path / "state.pt", losses, 2) == (4, 2.0)
-    assert trained_epochs(detector, tmp_path / "state.pt", losses, 2)[1] == 2.0
+    begin = deepcopy(detector.density.state_dict())
+    assert trained_epochs(detector, tmp_path / "state.pt", [3.0, 1.0, 2.0, 2.0, 0.5, 0.4], 2) == (4, 2.0)
+    detector.density.load_state_dict(begin)
+    assert trained_epochs(detector, tmp_path / "state.pt", [0.1] * 6, 2)[1] == 2.0
+
+
+def test_a_training_that_begins_with_other_weights_goes_on_from_no_state(detector, tmp_path, caplog):
+    """As a federation gives them."""
+    assert trained_epochs(detector, tmp_path / "state.pt", [3.0, 1.0, 2.0, 2.0, 0.5, 0.4], 2) == (4, 2.0)
+    nn.init.constant_(detector.density.contexts[0].predict.bias, -7.0)
+    assert trained_epochs(detector, tmp_path / "state.pt", [0.1] * 6, 2)[1] == 1.0
+    assert "starting over" in caplog.text
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(0, 7), (2, 5), (5, 7)])

@@ -466,7 +466,7 @@ def test_a_model_that_tells_ct_by_the_header_is_refused_for_ct_of_a_server():
 
 
 def test_the_bundle_that_is_served_trains_with_the_settings_of_its_model(model_knobs, tmp_path):
-    copy = assemble(tmp_path, model_knobs["checkpoint"], {"batch_size": "3", "patience": "0", "channel": "1"})
+    copy = assemble(tmp_path, model_knobs["checkpoint"], {"batch_size": "3", "patience": "0", "model::channel": "1"})
     training, inference = (json.loads((copy / f"configs/{name}.json").read_text()) for name in ("train", "inference"))
     assert training["model"] == dict(trained_settings(model_knobs["checkpoint"], {"channel": 1}))
     assert (inference["model"], inference["batch_size"], training["patience"]) == ({"channel": 1}, 3, 0)
