@@ -12,7 +12,7 @@ import ignite.distributed as idist
 import torch
 from torch import Tensor, nn
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, shown
 from bundle.files import whole_file
 from bundle.model import Settings, agreed_settings, known_settings
 from bundle.networks.detector import decode_identity
@@ -95,8 +95,8 @@ def load_checkpoint(detector: Any, path: str | os.PathLike) -> None:
     unknown = identity.keys() - detector.describe().keys() - known_settings().keys() - set(FORGOTTEN)
     if unknown:
         raise BundleError(
-            f"'{path}' has {', '.join(sorted(unknown))} in its identity, which this version does not know: take the "
-            "version that made it"
+            f"'{path}' has {shown(', '.join(sorted(unknown)))} in its identity, which this version does not know: take "
+            "the version that made it"
         )
     try:
         detector.load_state_dict(state)

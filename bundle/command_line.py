@@ -6,6 +6,7 @@ calls :func:`start`, which reads the command line once more, by the types of the
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from inspect import signature
@@ -23,6 +24,10 @@ from bundle.model import known_settings
 
 MODEL = "model"  # the item of a config that holds the settings of the model
 COMMAND = "monai/bundle/__main__.py"
+_FLAG = re.compile(r"--?[A-Za-z_]")  # Fire takes one dash, too; -1 is a number
+
+
+_read: list[bool] = []  # one entry once this process has read its command line
 
 
 def start(arguments: Sequence[str] | None = None) -> None:
@@ -34,19 +39,44 @@ def start(arguments: Sequence[str] | None = None) -> None:
         arguments: the command line, default: that of this process.
 
     Raises:
-        BundleError: for a knob that is unknown, or of another type.
+        BundleError: for a word that is no knob, or a knob that is unknown, or of another type.
     """
     arguments = sys.argv if arguments is None else arguments
     parser = _running_parser()
-    if len(arguments) > 1 and Path(arguments[0]).as_posix().endswith(COMMAND):
+    if parser is not None and _is_run(arguments):
         sys.excepthook = show_error
-        given = given_texts(arguments[2:])
-        if parser is not None and (files := given.pop("config_file", None)):
+        given = given_texts(arguments[2:], words=1)
+        _read.append(True)
+        if files := given.pop("config_file", None):
             for name, value in read_knobs(given, read_config(files)).items():
                 if not (isinstance(value, str) and value.startswith(SYNTAX)):  # else it is as MONAI has it
                     parser[name] = value
     if parser is not None:
         nest_settings(parser)
+
+
+def given_settings(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the model that a config and its user give; what every config makes its ``settings`` from.
+
+    MONAI's commands other than ``run`` do not call :func:`start`: what they give at the top level is found here.
+
+    Args:
+        nested: the item ``model`` of the config.
+
+    Raises:
+        BundleError: for a command line with a word too many, which MONAI takes for another ``initialize``.
+    """
+    if _is_run(sys.argv) and not _read:
+        sys.excepthook = show_error
+        given_texts(sys.argv[2:], words=1)
+    parser = _running_parser()
+    top: Any = {} if parser is None else parser.config
+    return {**nested, **{name: top[name] for name in known_settings() if name in top}}
+
+
+def _is_run(arguments: Sequence[str]) -> bool:
+    """Whether the command line is one of ``python -m monai.bundle run``."""
+    return len(arguments) > 1 and Path(arguments[0]).as_posix().endswith(COMMAND) and arguments[1] == "run"
 
 
 def set_knobs(parser: ConfigParser, given: Mapping[str, Any]) -> None:
@@ -116,18 +146,32 @@ def nest_settings(parser: ConfigParser) -> None:
     parser.ref_resolver.reset()
 
 
-def given_texts(arguments: Sequence[str]) -> dict[str, Any]:
-    """Values by name: those of ``--args_file``, then ``--name value`` and ``--name=value`` as texts."""
+def given_texts(arguments: Sequence[str], words: int = 0) -> dict[str, Any]:
+    """Values by name: those of ``--args_file``, then ``--name value`` and ``--name=value`` as texts.
+
+    Args:
+        arguments: of a command line.
+        words: how many of them need no name, such as the command to run.
+
+    Raises:
+        BundleError: for more words, or a name that is given twice.
+    """
     given: dict[str, Any] = {}
-    words = list(arguments)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
+    left = list(arguments)
+    while left:
+        word = left.pop(0)
+        if not _FLAG.match(word):
+            words -= 1
+            if words < 0:
+                raise BundleError(f"'{word}' belongs to no knob: write --NAME VALUE, and quote a list that has blanks")
             continue
-        name, equals, value = word[2:].partition("=")
+        name, equals, value = word.lstrip("-").partition("=")
         if not equals:
-            value = words.pop(0) if words and not words[0].startswith("--") else "true"
-        given[name.replace("-", "_")] = value
+            value = left.pop(0) if left and not _FLAG.match(left[0]) else "true"
+        name = name.replace("-", "_").replace("#", "::").removeprefix(f"{MODEL}::")
+        if name in given:
+            raise BundleError(f"--{name} is given twice: give it once")
+        given[name] = value
     if file := given.pop("args_file", None):
         given = ConfigParser.load_config_file(file) | given
     return given

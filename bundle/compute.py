@@ -55,6 +55,8 @@ class Compute:
             self.device = torch.device(device)
         except RuntimeError as error:
             raise BundleError(f"device '{device}' is unknown: give cpu, cuda:0, ...") from error
+        if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
+            raise BundleError(f"device '{device}' is not there: this machine has {torch.cuda.device_count()} GPUs")
         lossy = features is not None and not features.keeps_bf16
         if precision == "auto":
             fastest = fastest_precision(self.device)

@@ -10,7 +10,7 @@ import ignite.distributed as idist
 import torch
 from torch import nn
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, check
 
 Item = TypeVar("Item")
 
@@ -48,6 +48,7 @@ def per_process(batch_size: int) -> int:
     Raises:
         BundleError: if it cannot be divided evenly.
     """
+    check(batch_size >= 1, "batch_size", batch_size, "give at least 1")
     processes = idist.get_world_size()
     if batch_size % processes:
         near = max(1, round(batch_size / processes)) * processes

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
+
+MAX_SHOWN = 200  # characters of a value in a message
 
 
 class BundleError(ValueError):
@@ -26,6 +29,12 @@ def did_you_mean(value: str, options: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'? ({listing})" if close else listing
 
 
+def shown(value: object) -> str:
+    """``value`` as a config has it, in one line that is not too long."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
 def check_choice(what: str, value: str, options: Iterable[str]) -> str:
     """Return ``value`` if it is one of ``options``.
 
@@ -34,7 +43,7 @@ def check_choice(what: str, value: str, options: Iterable[str]) -> str:
     """
     options = list(options)
     if value not in options:
-        raise BundleError(f"{what} '{value}' is unknown: {did_you_mean(value, options)}")
+        raise BundleError(f"{what} {shown(value)} is unknown: {did_you_mean(value, options)}")
     return value
 
 
@@ -45,7 +54,7 @@ def check(holds: bool, name: str, value: object, remedy: str) -> None:
         BundleError: with the ``remedy``.
     """
     if not holds:
-        raise BundleError(f"{name} is {value}: {remedy}")
+        raise BundleError(f"{name} is {shown(value)}: {remedy}")
 
 
 def user_error(error: BaseException) -> BundleError | None:

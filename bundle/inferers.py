@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from bundle.compute import Compute
 from bundle.data.stream import Slice
-from bundle.errors import BundleError
+from bundle.errors import BundleError, check
 from bundle.networks.detector import Detection
 from bundle.transforms.slices import MIN_FOREGROUND, WHOLE, SliceChoice
 
@@ -41,6 +41,7 @@ class SliceBatchInferer(Inferer):
         raw: bool = False,
         compute: Compute | None = None,
     ) -> None:
+        check(batch_size >= 1, "batch_size", batch_size, "give at least 1")
         self.batch_size = batch_size
         self.choose = SliceChoice(slice_range, min_foreground)
         self.raw = raw

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 from fire.parser import DefaultParseValue
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import SchemaError
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, shown
 
 SYNTAX = ("$", "@", "%")  # how MONAI's expressions, references and macros begin
 OWN_PACKAGES = ("bundle.", "scripts.")
@@ -47,10 +48,9 @@ def typed(name: str, value: Any, knob: Knob) -> Any:
     """
     try:
         found = TypeAdapter(knob.kind, config=_STRICT).validate_python(value)
-    except ValidationError as error:
+    except (ValidationError, SchemaError) as error:
         raise BundleError(
-            f"--{name} must be {words(knob.kind)}, got {json.dumps(value, default=str)}: for example --{name} "
-            f"{json.dumps(_example(knob), default=str)}"
+            f"--{name} must be {words(knob.kind)}, got {shown(value)}: for example --{name} {shown(_example(knob))}"
         ) from error
     return list(found) if isinstance(found, tuple) else found
 
@@ -63,10 +63,12 @@ def read_text(name: str, text: str, knob: Knob) -> Any:
     """
     if text.startswith(SYNTAX):
         return text
-    for candidate in _readings(text, knob):
-        if _fits(candidate, knob.kind):
-            return typed(name, candidate, knob)
-    return typed(name, text, knob)  # the error
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" and _fits(text[1:-1], knob.kind):
+        return text[1:-1]
+    candidates = list(_readings(text, knob))
+    fitting = (candidate for candidate in candidates if _fits(candidate, knob.kind))
+    value = next(fitting, None if candidates == [None] else candidates[0] if len(candidates) == 1 else text)
+    return typed(name, value, knob)  # of the first that fits, or the error
 
 
 def settings_of(part: Callable[..., Any]) -> dict[str, Knob]:
@@ -128,10 +130,10 @@ def words(kind: Any) -> str:
 def _readings(text: str, knob: Knob) -> Iterator[Any]:
     """What ``text`` may mean, the likeliest first."""
     word = text.strip().lower()
-    if word in _WORDS and not (_WORDS[word] is not None and _fits(text, knob.kind)):
+    if word in _WORDS:  # never a text
         yield _WORDS[word]
-    is_list = text.lstrip().startswith("[")
-    if _fits(text, knob.kind) and knob.kind is not Any and not is_list:
+        return
+    if _fits(text, knob.kind) and knob.kind is not Any and not text.lstrip().startswith("["):
         yield text
     try:
         yield json.loads(text)
@@ -143,7 +145,7 @@ def _readings(text: str, knob: Knob) -> Iterator[Any]:
 def _fits(value: Any, kind: Any) -> bool:
     try:
         TypeAdapter(kind, config=_STRICT).validate_python(value)
-    except ValidationError:
+    except (ValidationError, SchemaError):
         return False
     return True
 

@@ -6,12 +6,13 @@ argument of a part and a line in ``configs/train.json``. Its default is what a c
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from bundle.errors import BundleError, check_choice, did_you_mean
+from bundle.errors import BundleError, check_choice, did_you_mean, shown
 from bundle.knobs import SYNTAX, Knob, settings_of, typed
 from bundle.networks.context import CONTEXTS
 from bundle.networks.density import SpatialARDensity
@@ -24,6 +25,8 @@ PARTS: tuple[Callable[..., Any], ...] = (Reading, FeatureNetwork, SpatialARDensi
 NO_SETTINGS = ("weights", "weights_sha256", "timm_kwargs", "preprocessing")
 OPEN = ("channel",)  # what a model may leave to its user
 TO_BE_CHOSEN = {"backbone": "auto", "layers": None, "image_size": None}  # values that stand for a choice of training
+
+logger = logging.getLogger(__name__)
 
 
 class Settings(Mapping[str, Any]):
@@ -47,7 +50,7 @@ class Settings(Mapping[str, Any]):
                 raise BundleError(f"a model has no setting '{name}': {did_you_mean(name, known)}")
             self.given[name] = typed(name, value, known[name])
             if any(str(part).startswith(SYNTAX) for part in (value if isinstance(value, (list, tuple)) else [value])):
-                raise BundleError(f"the setting {name} is {value!r}: give a value, expressions are not evaluated")
+                raise BundleError(f"the setting {name} is {shown(value)}: give a value, expressions are not evaluated")
         self._values = {name: knob.default for name, knob in known.items()} | self.given
 
     def __getitem__(self, name: str) -> Any:
@@ -125,4 +128,10 @@ def make_detector(
     features = FeatureNetwork(weights=weights, weights_sha256=weights_sha256, **chosen.of(FeatureNetwork))
     channels = chosen["feature_components"] or features.num_channels
     density = SpatialARDensity(channels, **chosen.of(SpatialARDensity), **chosen.of(context))
-    return AnomalyDetector(features, density, reading.describe(), **chosen.of(AnomalyDetector))
+    detector = AnomalyDetector(features, density, reading.describe(), **chosen.of(AnomalyDetector))
+    for name in chosen.given.keys() - detector.describe().keys():
+        if not same(known_settings()[name].default, chosen[name]):
+            logger.warning(
+                f"{name} {shown(chosen[name])} has no part in a model of mode '{chosen['mode']}': it is not used"
+            )
+    return detector

@@ -26,7 +26,7 @@ from bundle.checkpoint import STORED, save_atomically, save_checkpoint
 from bundle.compute import Compute
 from bundle.data.embeddings import EmbeddingDataset
 from bundle.distributed import check_synchronized
-from bundle.errors import BundleError, check_choice
+from bundle.errors import BundleError, check, check_choice
 from bundle.networks.detector import AnomalyDetector
 from bundle.networks.scores import check_rate
 from bundle.networks.weights import weights_id
@@ -86,6 +86,16 @@ class NoisyFeatures:
     def _own(device: torch.device) -> torch.Generator:
         """A random generator of this process."""
         return torch.Generator(device).manual_seed(int(torch.randint(2**62, ())) + idist.get_rank())
+
+
+def checked_rate(learning_rate: float) -> float:
+    """``learning_rate``, if it is positive.
+
+    Raises:
+        BundleError: if it is not.
+    """
+    check(learning_rate > 0, "learning_rate", learning_rate, "give a positive number such as 0.003")
+    return learning_rate
 
 
 def learning_rate_schedule(optimizer: torch.optim.Optimizer, name: str, steps: int) -> LRScheduler:

@@ -13,8 +13,8 @@ OF_THIS_MACHINE = ("MLFLOW_TRACKING_URI", "BACKBONE_WEIGHTS", "DINOV3_WEIGHTS")
 QUICK = {"backbone": "efficientnet_lite0", "image_size": 176, "hidden_channels": 64, "max_epochs": 8, "device": "cpu"}
 
 
-def command(run_id, config, launcher=(), **knobs):
-    words = [f"--{name}={value}" for name, value in knobs.items()]
+def command(run_id, config, launcher=(), words=(), **knobs):
+    words = [*words, *(f"--{name}={value}" for name, value in knobs.items())]
     python = [sys.executable, *launcher, "-m", "monai.bundle", "run", run_id, "--config_file", config]
     return [*python, *words]
 
@@ -24,9 +24,9 @@ def environment(**extra):
     return {**clean, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", **extra}
 
 
-def run(run_id, config, cwd=ROOT, env=None, launcher=(), **knobs):
+def run(run_id, config, cwd=ROOT, env=None, launcher=(), words=(), **knobs):
     return subprocess.run(
-        command(run_id, config, launcher, **knobs),
+        command(run_id, config, launcher, words, **knobs),
         cwd=cwd,
         env=environment(**(env or {})),
         capture_output=True,

@@ -9,7 +9,7 @@ from commands import EVALUATE, INFER, ROOT, TRAIN, environment, error_line, run
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from bundle.command_line import find_knob, nest_settings, read_config, read_knobs, set_knobs, start
+from bundle.command_line import find_knob, given_texts, nest_settings, read_config, read_knobs, set_knobs, start
 from bundle.errors import BundleError
 from bundle.knobs import Knob, read_text, words
 from bundle.model import known_settings
@@ -115,8 +115,8 @@ def test_monais_own_syntax_stays_as_it_is(text):
         ({"batchsize": "3"}, "knob --batchsize is unknown: did you mean 'batch_size'"),
         ({"moed": "causal"}, "knob --moed is unknown: did you mean 'mode'"),
         ({"model::moed": "causal"}, "did you mean 'mode'"),
-        ({"batch_size": "many"}, '--batch_size must be a whole number, got "many": for example --batch_size 8'),
-        ({"per_position": "0"}, '--per_position must be true or false, got "0": for example --per_position true'),
+        ({"batch_size": "many"}, "--batch_size must be a whole number, got 'many': for example --batch_size 8"),
+        ({"per_position": "0"}, "--per_position must be true or false, got '0': for example --per_position true"),
         ({"train::trainer::max_epochs": "ten"}, "must be a whole number"),
         ({"seed": "1.5"}, "--seed must be a whole number"),
         ({"learning_rate": "inf"}, "--learning_rate must be a number"),
@@ -195,6 +195,49 @@ def test_a_file_of_arguments_is_read_alike_and_the_command_line_wins(tmp_path):
     assert parser["num_workers"] == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dilations", "[1,", "2]", "--mode", "causal"], "'2]' belongs to no knob: .* quote a list that has blanks"),
+        (["guard=2"], "'guard=2' belongs to no knob"),
+        (["--guard", "2", "--model::guard", "1"], "--guard is given twice"),
+    ],
+)
+def test_a_word_too_many_is_refused(words, message):
+    with pytest.raises(BundleError, match=message):
+        given_texts(["training", "--config_file", TRAIN, *words], words=1)
+
+
+def test_one_dash_is_read_as_two_and_negative_numbers_are_values():
+    assert given_texts(["-write_dicom", "false", "--layers", "-1", "--compile", "-seed=3"]) == {
+        "write_dicom": "false",
+        "layers": "-1",
+        "compile": "true",
+        "seed": "3",
+    }
+
+
+@pytest.mark.parametrize("knob", ["output_dir", "mode", "device", "on_error"])
+def test_null_is_no_text(knob):
+    with pytest.raises(BundleError, match=f"--{knob} must be .*text, got null"):
+        read_knobs({knob: "null"}, read_config([TRAIN]))
+
+
+def test_quotes_around_a_text_are_no_part_of_it():
+    assert read_knobs({"mode": "'causal'", "mask_rule": '">=128"'}, read_config([TRAIN])) == {
+        "mode": "causal",
+        "mask_rule": ">=128",
+    }
+
+
+def test_settings_at_the_top_reach_the_model_where_no_initialize_runs():
+    """MONAI's commands ckpt_export and verify_net_in_out."""
+    parser = ConfigParser(ConfigParser.load_config_files([TRAIN]))
+    parser.update({"mode": "causal", "model::guard": 2})
+    settings = parser.get_parsed_content("settings")
+    assert (settings["mode"], settings["guard"]) == ("causal", 2)
+
+
 def test_a_flag_without_a_value_is_true(tmp_path):
     assert started(tmp_path, "--compile", "--seed=3")["compile"] is True
 
@@ -213,10 +256,12 @@ def test_nothing_happens_where_the_bundle_is_used_from_python():
         ("training", TRAIN, {"moed": "causal"}, "did you mean 'mode'"),
         ("evaluating", EVALUATE, {"batch_size": "[1]"}, "--batch_size must be a whole number"),
         ("inferring", INFER, {"write_dicom": "perhaps"}, "--write_dicom must be true or false"),
+        ("inferring stray", INFER, {}, "'stray' belongs to no knob"),
     ],
 )
 def test_commands_refuse_wrong_knobs_in_one_line(command, config, knobs, message, tmp_path):
-    assert message in error_line(run(command, config, output_dir=tmp_path, **knobs))
+    run_id, *words = command.split()
+    assert message in error_line(run(run_id, config, output_dir=tmp_path, words=words, **knobs))
 
 
 @pytest.mark.slow

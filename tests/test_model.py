@@ -133,7 +133,7 @@ def test_entries_that_a_mode_does_not_use_are_no_obstacle(checkpoint):
 
 def test_an_entry_of_a_later_version_is_refused_by_name(checkpoint):
     rewritten(checkpoint, slice_mixing=3)
-    with pytest.raises(BundleError, match="has slice_mixing in its identity, which this version does not know"):
+    with pytest.raises(BundleError, match="has 'slice_mixing' in its identity, which this version does not know"):
         load_checkpoint(make_detector(trained_settings(checkpoint)), checkpoint)
 
 
@@ -173,6 +173,32 @@ def test_values_of_a_checkpoint_are_data_that_are_refused_and_never_run(checkpoi
 
 
 @pytest.mark.parametrize(
+    "entry",
+    [
+        {"kernel_size": 10**9 + 1},
+        {"hidden_channels": 10**9},
+        {"image_size": [16 * 10**30, 16]},
+        {"residual_pooling": 1e9},
+        {"feature_pooling": 10**9 + 1},
+        {"mode": "causal", "dilations": [1] * 10**6},
+        {"mode": "causal", "dilations": [10**9]},
+        {"mode": "cau\nsal"},
+    ],
+)
+def test_numbers_that_no_model_has_are_refused_at_once_and_in_one_short_line(checkpoint, entry):
+    rewritten(checkpoint, **entry)
+    with pytest.raises(BundleError) as caught:
+        make_detector(trained_settings(checkpoint))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_setting_that_the_mode_does_not_use_is_named(caplog):
+    make_detector({**SMALL, "mode": "causal", "guard": 2, "linear_components": 0})
+    assert "guard 2 has no part in a model of mode 'causal'" in caplog.text
+
+
+@pytest.mark.parametrize(
     ("settings", "message"), [({"moed": 1}, "did you mean 'mode'"), ({"guard": "1"}, "whole number")]
 )
 def test_unknown_settings_and_other_types_are_refused(settings, message):
@@ -192,7 +218,7 @@ def test_a_new_setting_is_one_argument_and_nothing_else_in_python(features, tmp_
     monkeypatch.setattr(model, "PARTS", (*model.PARTS, Extended))
     known_settings.cache_clear()
     try:
-        with pytest.raises(BundleError, match='--temperature must be a number, got "warm": for example'):
+        with pytest.raises(BundleError, match="--temperature must be a number, got 'warm': for example"):
             Settings({"temperature": "warm"})
         save_checkpoint(make_detector({**SMALL, "temperature": 2}), tmp_path / "model.pt")
         assert trained_settings(tmp_path / "model.pt")["temperature"] == 2.0

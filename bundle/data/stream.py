@@ -13,6 +13,8 @@ from monai.utils import first
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bundle.errors import check
+
 READ_AHEAD = 2  # cases that wait, decoded
 
 
@@ -58,11 +60,16 @@ class SliceBatches:
         prepare: brings slices [1, C, rows, columns] to one size, so that they fit into one batch.
         batch_size: slices in a batch; only the last ones are smaller.
         num_workers: processes that read cases; 0: a thread of this one.
+
+    Raises:
+        BundleError: if a number is out of range.
     """
 
     def __init__(
         self, dataset: Dataset, prepare: Callable[[Tensor], Tensor], batch_size: int, num_workers: int = 0
     ) -> None:
+        check(batch_size >= 1, "batch_size", batch_size, "give at least 1")
+        check(num_workers >= 0, "num_workers", num_workers, "give 0, or a number of processes")
         self.dataset = dataset
         self.prepare = prepare
         self.batch_size = batch_size

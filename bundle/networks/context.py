@@ -19,6 +19,8 @@ from bundle.networks.gaussian import moments
 from bundle.networks.masked import MaskedConv2d, taps_around, taps_before
 from bundle.networks.settings import remembers_settings
 
+LARGEST = 64  # layers, patches between taps, taps of a side: far more than any map has use for
+WIDEST = 2**14  # channels
 POSITION_CHANNELS = 10  # of :func:`position_code`
 
 
@@ -261,7 +263,8 @@ def check_stack(hidden_channels: int, dilations: Sequence[int], kernel_size: int
         BundleError: for an even kernel, no layer, or a number out of range.
     """
     check_kernel(hidden_channels, kernel_size)
-    whole = isinstance(dilations, Sequence) and all(isinstance(one, int) and one >= 1 for one in dilations)
+    many = not isinstance(dilations, Sequence) or len(dilations) > LARGEST
+    whole = not many and all(isinstance(step, int) and 1 <= step <= LARGEST for step in dilations)
     check(whole and len(dilations) > 0, "dilations", dilations, "one whole number >= 1 per layer, try [1,1,1,1,1]")
 
 
@@ -271,9 +274,9 @@ def check_kernel(hidden_channels: int, kernel_size: int) -> None:
     Raises:
         BundleError: for an even kernel, or a number out of range.
     """
-    odd = kernel_size >= 3 and kernel_size % 2 == 1
+    odd = 3 <= kernel_size <= LARGEST and kernel_size % 2 == 1
     check(odd, "kernel_size", kernel_size, "use 3, 5, 7, ...: it must be odd")
-    check(hidden_channels >= 1, "hidden_channels", hidden_channels, "at least 1, the paper uses 256")
+    check(1 <= hidden_channels <= WIDEST, "hidden_channels", hidden_channels, "at least 1, the paper uses 256")
 
 
 class LinearContext(nn.Module):

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bundle.errors import BundleError, check
+from bundle.errors import BundleError, check, shown
 from bundle.networks.density import SpatialARDensity, squared_error
 from bundle.networks.features import FeatureNetwork
 from bundle.networks.gaussian import moments
 from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold, largest_of_each
 from bundle.networks.settings import remembers_settings
 
+LARGEST_SIDE = 2**14  # pixels
+LARGEST_POOLING = 63  # patches
 WEIGHT_FACTS = {"weights", "positions", "mean", "std"}  # entries of an identity that follow from the weights
 # settings of the detector that embeddings do not depend on
 AFTER_EMBEDDING = (
@@ -134,7 +136,7 @@ class AnomalyDetector(nn.Module):
             feature_components,
             f"give 1 to {channels}, the embeddings' channels, or null",
         )
-        odd = feature_pooling >= 1 and feature_pooling % 2 == 1
+        odd = 1 <= feature_pooling <= LARGEST_POOLING and feature_pooling % 2 == 1
         check(odd, "feature_pooling", feature_pooling, "give an odd number of patches such as 3, 1 for none")
         reduced = feature_components or channels
         self.image_size = _checked_size(
@@ -329,9 +331,12 @@ class _Mapped(Iterable[Tensor]):
 
 def _checked_size(image_size: int | Sequence[int], patch: int) -> list[int]:
     size = list(image_size) if isinstance(image_size, Sequence) else [image_size, image_size]
-    if len(size) != 2 or any(side < patch or side % patch for side in size):
-        near = [max(patch, round(side / patch) * patch) for side in size]
-        raise BundleError(f"image_size {image_size} must be one or two multiples of the patch size {patch}: try {near}")
+    if len(size) != 2 or any(side < patch or side % patch or side > LARGEST_SIDE for side in size):
+        near = [min(max(patch, round(side / patch) * patch), LARGEST_SIDE // patch * patch) for side in size[:2]]
+        raise BundleError(
+            f"image_size {shown(image_size)} must be one or two multiples of the patch size {patch}: try "
+            f"{near or [20 * patch] * 2}, at most {LARGEST_SIDE}"
+        )
     return [int(side) for side in size]
 
 
@@ -353,7 +358,7 @@ def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """
     different = [name for name in sorted(stored.keys() & wanted.keys()) if not same(stored[name], wanted[name])]
     if different:
-        differences = "; ".join(f"{name} {stored[name]!r}, not {wanted[name]!r}" for name in different)
+        differences = "; ".join(f"{name} {shown(stored[name])}, not {shown(wanted[name])}" for name in different)
         of_weights = WEIGHT_FACTS.issuperset(different)
         remedy = "give --weights those of the training" if of_weights else "leave these out, or take another model"
         raise BundleError(f"the model was trained with {differences}: {remedy}")

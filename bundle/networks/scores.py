@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bundle.errors import BundleError, check_choice
+from bundle.errors import BundleError, check, check_choice
 from bundle.networks.gaussian import FITTED, fit_gaussian
 
 SCALES = ("log_radius", "squared_error")
 IMAGE_SCORES = ("adjusted", "top_patches")
 TOP_SHARE = 0.01  # of the patches, the most anomalous ones, whose mean the image score starts from
+LARGEST_POOLING = 32  # patches
 PRIOR_IMAGES = 10.0  # how many images the pooled moments count for beside those of one position
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,12 @@ class PatchScore(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("score_scale", scale, SCALES)
-        if pooling < 0:
-            raise BundleError(f"residual_pooling is {pooling}: give 0 for none, or a number of patches such as 1.0")
+        check(
+            0 <= pooling <= LARGEST_POOLING,
+            "residual_pooling",
+            pooling,
+            f"give 0 for none, or a number of patches such as 1.0, up to {LARGEST_POOLING}",
+        )
         self.takes_logarithm = scale == "log_radius"
         self.per_position = per_position
         self.whitens = fit["kind"] in FITTED
