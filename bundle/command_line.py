@@ -25,9 +25,7 @@ from bundle.model import known_settings
 MODEL = "model"  # the item of a config that holds the settings of the model
 COMMAND = "monai/bundle/__main__.py"
 _FLAG = re.compile(r"--?[A-Za-z_]")  # Fire takes one dash, too; -1 is a number
-
-
-_read: list[bool] = []  # one entry once this process has read its command line
+_read_lines: list[Sequence[str]] = []  # the command line of this process, once it is read
 
 
 def start(arguments: Sequence[str] | None = None) -> None:
@@ -46,7 +44,7 @@ def start(arguments: Sequence[str] | None = None) -> None:
     if parser is not None and _is_run(arguments):
         sys.excepthook = show_error
         given = given_texts(arguments[2:], words=1)
-        _read.append(True)
+        _read_lines.append(arguments)
         if files := given.pop("config_file", None):
             for name, value in read_knobs(given, read_config(files)).items():
                 if not (isinstance(value, str) and value.startswith(SYNTAX)):  # else it is as MONAI has it
@@ -66,7 +64,7 @@ def given_settings(nested: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         BundleError: for a command line with a word too many, which MONAI takes for another ``initialize``.
     """
-    if _is_run(sys.argv) and not _read:
+    if _is_run(sys.argv) and not _read_lines:
         sys.excepthook = show_error
         given_texts(sys.argv[2:], words=1)
     parser = _running_parser()

@@ -65,10 +65,10 @@ def read_text(name: str, text: str, knob: Knob) -> Any:
         return text
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" and _fits(text[1:-1], knob.kind):
         return text[1:-1]
-    candidates = list(_readings(text, knob))
-    fitting = (candidate for candidate in candidates if _fits(candidate, knob.kind))
-    value = next(fitting, None if candidates == [None] else candidates[0] if len(candidates) == 1 else text)
-    return typed(name, value, knob)  # of the first that fits, or the error
+    word = text.strip().lower()
+    if word in _WORDS:  # never a text
+        return typed(name, _WORDS[word], knob)
+    return typed(name, next((value for value in _readings(text, knob) if _fits(value, knob.kind)), text), knob)
 
 
 def settings_of(part: Callable[..., Any]) -> dict[str, Knob]:
@@ -129,10 +129,6 @@ def words(kind: Any) -> str:
 
 def _readings(text: str, knob: Knob) -> Iterator[Any]:
     """What ``text`` may mean, the likeliest first."""
-    word = text.strip().lower()
-    if word in _WORDS:  # never a text
-        yield _WORDS[word]
-        return
     if _fits(text, knob.kind) and knob.kind is not Any and not text.lstrip().startswith("["):
         yield text
     try:
