@@ -45,6 +45,7 @@ def start(arguments: Sequence[str] | None = None) -> None:
         sys.excepthook = show_error
         given = given_texts(arguments[2:], words=1)
         _read_lines.append(arguments)
+        _check_command(given.get("run_id", arguments[2] if len(arguments) > 2 else "run"), parser)
         if files := given.pop("config_file", None):
             for name, value in read_knobs(given, read_config(files)).items():
                 if not (isinstance(value, str) and value.startswith(SYNTAX)):  # else it is as MONAI has it
@@ -197,6 +198,13 @@ def read_config(files: Any) -> dict[str, Any]:
     parser = ConfigParser(ConfigParser.load_config_files(DefaultParseValue(files) if isinstance(files, str) else files))
     parser.resolve_macro_and_relative_ids()
     return dict(parser.get())
+
+
+def _check_command(name: str, parser: ConfigParser) -> None:
+    """Refuse a command that the config does not have."""
+    if not _FLAG.match(name) and name not in parser:
+        commands = [key for key, value in parser.get().items() if isinstance(value, list) and key.endswith("ing")]
+        raise BundleError(f"this config has no command '{name}': {did_you_mean(name, commands)}")
 
 
 def _running_parser() -> ConfigParser | None:

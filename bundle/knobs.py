@@ -148,7 +148,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _example(knob: Knob) -> Any:
     """A value of the right type."""
-    if knob.default is not None:
+    if knob.default is not None and not (isinstance(knob.default, str) and knob.default.startswith(SYNTAX)):
         return knob.default
     for example in (True, 0.5, 8, [1, 2], "text"):
         if _fits(example, knob.kind):
