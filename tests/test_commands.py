@@ -428,7 +428,7 @@ BAD = {
     "a missing folder": ({"dataset_dir": "/nowhere"}, "no data at '/nowhere'"),
     "text for a number": (
         {"max_epochs": "many"},
-        '--max_epochs must be a whole number, got "many": for example --max_epochs 12',
+        "--max_epochs must be a whole number, got 'many': for example --max_epochs 12",
     ),
 }
 
