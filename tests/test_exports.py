@@ -205,6 +205,7 @@ def test_a_damaged_file_is_refused(lite, tmp_path, name):
     assert f"'{tmp_path / name}' is no exported detector" in refusal(load_exported, tmp_path / name)
 
 
+@pytest.mark.slow
 def test_a_file_of_another_make_is_refused(tmp_path):
     other = torch.nn.Conv2d(1, 1, 1).eval()
     torch.jit.save(torch.jit.script(other), str(tmp_path / "other.ts"))

@@ -179,6 +179,7 @@ def test_memory_stays_within_the_bound_and_stops_growing():
     assert metrics.histogram.keys.size <= MAX_BINS
 
 
+@pytest.mark.slow
 def test_scores_that_the_bins_cannot_resolve_are_reported():
     rng = np.random.default_rng(0)
     mask = rng.random(PIXELS) < 0.005
@@ -222,6 +223,7 @@ def test_metrics_that_are_all_defined_and_exact_come_without_a_warning():
         accumulate(images(4)).compute()
 
 
+@pytest.mark.slow
 def test_the_order_of_updates_does_not_matter():
     data = images(30, (300, 300))  # enough different values for the resolution to adapt
     forward, backward = accumulate(data), accumulate(data[::-1])
@@ -230,6 +232,7 @@ def test_the_order_of_updates_does_not_matter():
     assert np.array_equal(forward.histogram.keys, backward.histogram.keys)
 
 
+@pytest.mark.slow
 def test_merged_shards_equal_the_whole():
     data = images(31, (300, 300))
     whole, merged = accumulate(data), accumulate(data[:3])

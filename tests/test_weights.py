@@ -137,6 +137,7 @@ def test_page_that_was_saved_as_weights_is_refused(tmp_path: Path) -> None:
     assert "is the download complete?" in refusal("dinov3_vits16", page)
 
 
+@pytest.mark.slow
 def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
     state = torch.load(META_FILE, weights_only=True)
     state["extra"] = state.pop("norm.bias")
@@ -146,6 +147,7 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
     assert "1 missing (norm.bias); 1 unexpected (extra)" in message
 
 
+@pytest.mark.slow
 def test_file_of_another_kind_is_recognized(tmp_path: Path) -> None:
     network = timm.create_model(BACKBONES["dinov2_vits14"].timm_name, num_classes=0, device="meta")
     state = {key: torch.zeros(value.shape, dtype=torch.uint8) for key, value in network.state_dict().items()}
@@ -153,6 +155,7 @@ def test_file_of_another_kind_is_recognized(tmp_path: Path) -> None:
     assert "it looks like dinov2_vits14, give" in refusal("auto", tmp_path / "dinov2.safetensors")
 
 
+@pytest.mark.slow
 def test_file_of_another_backbone_is_recognized(tmp_path: Path) -> None:
     network = timm.create_model(BACKBONES["dinov3_vits16plus"].timm_name, num_classes=0, device="meta")
     state = {key: torch.zeros(value.shape, dtype=torch.uint8) for key, value in network.state_dict().items()}
