@@ -342,6 +342,7 @@ def test_default_of_a_vit_is_the_last_block() -> None:
 # TorchScript
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize(
     "name", ["vit", "vit_gated", "convnext", "dinov2", "dinov2_gated", "dinov2_registers", "efficientnet"]

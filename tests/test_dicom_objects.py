@@ -160,6 +160,7 @@ def test_results_are_no_input(tmp_path):
             read_volume([file])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0.0, 0.001, 0.05])
 @pytest.mark.parametrize("form", ["classic", "enhanced"])
 def test_each_frame_refers_to_its_source_even_where_positions_are_rounded(tmp_path, size, form):
@@ -200,6 +201,7 @@ HEADERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Invalid value for VR", "ignore:A value of type", "ignore:The value")
 @pytest.mark.parametrize("name", HEADERS)
 def test_headers_as_hospitals_have_them_get_results(tmp_path, name, capsys, caplog):

@@ -394,6 +394,7 @@ def jittered(size):
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [tilted, drifting, shifted])
 @pytest.mark.parametrize("form", ["classic", "enhanced"])
 def test_slices_off_a_straight_even_stack_are_refused(tmp_path, change, form):

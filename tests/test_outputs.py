@@ -60,6 +60,7 @@ def two_series(tmp_path):
     return tmp_path / "in", [file.name for file in files]
 
 
+@pytest.mark.slow
 def test_a_dicom_file_is_parsed_once_to_group_it_and_each_time_its_pixels_are_read(two_series, tmp_path, monkeypatch):
     folder, names = two_series
     parsed = counting(monkeypatch, bundle.dicom.series, "dcmread")
@@ -70,6 +71,7 @@ def test_a_dicom_file_is_parsed_once_to_group_it_and_each_time_its_pixels_are_re
     assert looked_at == dict.fromkeys(names, 1)
 
 
+@pytest.mark.slow
 def test_the_model_is_hashed_once_a_run_and_only_for_dicom(two_series, tmp_path, monkeypatch):
     hashed = counting(monkeypatch, bundle.writers, "file_sha256")
     infer(two_series[0], tmp_path / "out")

@@ -14,6 +14,7 @@ def statuses(folder):
         return [row[0] for row in connection.execute("select status from runs order by start_time")]
 
 
+@pytest.mark.slow
 def test_two_commands_never_share_a_run(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for _ in range(2):
@@ -47,6 +48,7 @@ def test_tracking_can_be_turned_off(uri, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_long_parameters_are_cut_and_objects_left_out(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     tracker = Tracker(database(tmp_path), "training", {}, config={"long": "x" * 9000, "object": object(), "seed": 0})
