@@ -75,11 +75,11 @@ class ExportGraph(nn.Module):
         # index 2 does not exist in an image of two channels: the runtime refuses it
         channels = torch.arange(3, device=image.device) * torch.sym_min(image.shape[1] - 1, 1)
         resized = resize_by_matrices(image, self.detector.image_size)[:, channels]
-        patch_map = self.detector.score_patches(self.detector.embed_tiles(self.detector.features.normalize(resized)))
+        patch_map, inside = self.detector.score_patches(self.detector.embed_resized(resized))
         anomaly_map = F.interpolate(
             patch_map.unsqueeze(1), [image.shape[-2], image.shape[-1]], mode="bilinear", align_corners=False
         )
-        return anomaly_map, self.detector.image_score(patch_map), patch_map
+        return anomaly_map, self.detector.image_score(patch_map, inside), patch_map
 
 
 def resize_by_matrices(image: Tensor, size: Sequence[int]) -> Tensor:

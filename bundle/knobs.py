@@ -129,12 +129,14 @@ def words(kind: Any) -> str:
 
 def _readings(text: str, knob: Knob) -> Iterator[Any]:
     """What ``text`` may mean, the likeliest first."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if not isinstance(value, str):  # 0.05 of a knob that takes a word or a number is the number
+        yield value
     if _fits(text, knob.kind) and knob.kind is not Any and not text.lstrip().startswith("["):
         yield text
-    try:
-        yield json.loads(text)
-    except ValueError:
-        pass
     yield DefaultParseValue(text)
 
 

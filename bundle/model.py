@@ -1,7 +1,8 @@
 """What a model is: settings that decide its output, each an argument of one of the parts that it is made of.
 
 A training chooses them, its checkpoint holds them, and whoever uses the checkpoint follows them. A new one is an
-argument of a part and a line in ``configs/train.json``. Its default is what a checkpoint means that does not have it.
+argument of a part and a line in ``configs/train.json``. Its default is what a checkpoint means that does not have it,
+unless :data:`BEFORE` says otherwise.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ PARTS: tuple[Callable[..., Any], ...] = (Reading, FeatureNetwork, SpatialARDensi
 # arguments that say where things are, or hand one part to another
 NO_SETTINGS = ("weights", "weights_sha256", "timm_kwargs", "preprocessing")
 OPEN = ("channel",)  # what a model may leave to its user
-TO_BE_CHOSEN = {"backbone": "auto", "layers": None, "image_size": None}  # values that stand for a choice of training
+# values that stand for a choice of training
+TO_BE_CHOSEN = {"backbone": "auto", "layers": None, "detail_layers": None, "image_size": None}
+# what a checkpoint means that was made before there was such a setting, where it is not the default
+BEFORE = {"foreground": "all", "detail_layers": []}
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +105,11 @@ def agreed_settings(identity: Mapping[str, Any], given: Mapping[str, Any] | None
     """
     wishes = {name: value for name, value in Settings(given).given.items() if value != TO_BE_CHOSEN.get(name, ...)}
     refuse_other(identity, wishes)
-    known = known_settings()
+    meant = {name: knob.default for name, knob in known_settings().items()} | BEFORE
     absent = [name for name in wishes if name not in identity and name not in OPEN]
-    if unused := [name for name in absent if not same(known[name].default, wishes[name])]:
+    if unused := [name for name in absent if not same(meant[name], wishes[name])]:
         raise BundleError(f"{', '.join(unused)} has no part in this model: leave it out")
-    return Settings(wishes | settings_in(identity).given)
+    return Settings(BEFORE | wishes | settings_in(identity).given)
 
 
 def make_detector(

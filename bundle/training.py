@@ -33,20 +33,20 @@ from bundle.networks.weights import weights_id
 from bundle.tracking import Tracker
 
 SCHEDULES = ("cosine", "constant")
-STATE_FORMAT = 3  # of the file of an interrupted training
+STATE_FORMAT = 4  # of the file of an interrupted training
 
 logger = logging.getLogger(__name__)
 
 
 class NoisyFeatures:
-    """Turns a batch of embeddings into (input, target) of the density network: `prepare_batch` of the trainer.
+    """Turns a batch of maps into (input, target) of the density network: `prepare_batch` of the trainer.
 
-    Both are standardized; in some batches the input gets Gaussian noise, in proportion to the deviation of each
-    sample's channel over the map (arXiv 2603.02974, training details). Patches of the input may be dropped as well.
+    Both are standardized embeddings; in some batches the input gets Gaussian noise, in proportion to the deviation of
+    each sample's channel over the map (arXiv 2603.02974, training details). Patches of the input may be dropped, too.
 
     Args:
         detector: standardizes.
-        probability: share of the batches with noise, in [0, 1]; 0 for validation.
+        probability: share of the batches with noise, in [0, 1].
         scale: deviation of the noise over the deviation of the channel.
         dropout: share of the patches whose input is zero, in [0, 1); for standardized embeddings that is the mean of
             healthy patches.
@@ -70,8 +70,8 @@ class NoisyFeatures:
     def __call__(
         self, batch: Tensor, device: torch.device, non_blocking: bool = False, **_: Any
     ) -> tuple[Tensor, Tensor]:
-        """Input and target, both [B, C, h, w], from embeddings of that shape."""
-        target = self.detector.standardize(batch.to(device, non_blocking=non_blocking))
+        """Input and target, both [B, C, h, w], from what :meth:`AnomalyDetector.embed` gives."""
+        target = self.detector.standardized(batch.to(device, non_blocking=non_blocking))
         features = target
         # processes that train together draw the same numbers: all add noise or none does, each its own
         if float(torch.rand(())) < self.probability:
@@ -86,6 +86,24 @@ class NoisyFeatures:
     def _own(device: torch.device) -> torch.Generator:
         """A random generator of this process."""
         return torch.Generator(device).manual_seed(int(torch.randint(2**62, ())) + idist.get_rank())
+
+
+class HealthyMaps:
+    """Turns a batch of maps into (input of the density network, the maps): `prepare_batch` of the validation.
+
+    Args:
+        detector: standardizes.
+    """
+
+    def __init__(self, detector: AnomalyDetector) -> None:
+        self.detector = detector
+
+    def __call__(
+        self, batch: Tensor, device: torch.device, non_blocking: bool = False, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Standardized embeddings [B, C, h, w], and the maps that :meth:`AnomalyDetector.embed` gave."""
+        maps = batch.to(device, non_blocking=non_blocking)
+        return self.detector.standardized(maps), maps
 
 
 def checked_rate(learning_rate: float) -> float:
@@ -223,8 +241,10 @@ class Calibration:
         """Finish the detector, and write it."""
         self.compute.run(self.detector.fit_after_training, self.training.batches(self.patches))
         self.compute.run(self.detector.calibrate, self.validation.batches(), self.validation.cases, *self.rates)
+        nats = self.compute.run(self.detector.healthy_log_likelihood, self.validation.batches())
+        logger.info(f"the healthy validation images have a log-likelihood of {nats:.2f} nats per foreground patch")
         save_checkpoint(self.detector, self.path)
-        self.tracker.log({}, {"checkpoint": [self.path]})
+        self.tracker.log({"healthy_log_likelihood": nats}, {"checkpoint": [self.path]})
 
 
 class TrainingState:

@@ -24,7 +24,7 @@ def trained_detector(backbone="dinov3_vits16"):
         embeddings = detector.embed(images(64))
     values = embeddings.transpose(0, 1).flatten(1)
     detector.set_standardization(values.mean(1), values.std(1))
-    target = detector.standardize(embeddings)
+    target = detector.standardized(embeddings)
     detector.fit_before_training([embeddings], [embeddings])
     optimizer = torch.optim.AdamW(detector.density.parameters(), lr=3e-3)
     for _ in range(30):

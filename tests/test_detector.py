@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from builders import PREPROCESSING, small_detector
+from builders import PREPROCESSING, random_maps, small_detector
 from monai.transforms import NormalizeIntensity, RepeatChannel
 from torch.nn import functional as F
 
@@ -15,9 +15,9 @@ from bundle.networks import AnomalyDetector, FeatureNetwork, SpatialARDensity
 from bundle.networks.density import squared_error
 
 
-def healthy_batches(count=6):
+def healthy_batches(features, count=6):
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(4, 152, 4, 4, generator=generator) for _ in range(count)]
+    return [random_maps(features, generator=generator) for _ in range(count)]
 
 
 @pytest.mark.parametrize("size", [(64, 64), (50, 70), (17, 200)])
@@ -40,7 +40,7 @@ def test_preparation_equals_monai_transforms(detector):
 
 def test_raw_map_is_the_squared_error_brought_to_the_image(detector):
     image = torch.rand(1, 1, 50, 70)
-    embeddings = detector.embed(image)
+    embeddings = detector.unpack(detector.embed(image)).embeddings
     patch_map = squared_error(detector.density(embeddings), embeddings)
     expected = F.interpolate(patch_map[:, None], (50, 70), mode="bilinear", align_corners=False)
     torch.testing.assert_close(detector(image, raw=True), expected)
@@ -49,45 +49,47 @@ def test_raw_map_is_the_squared_error_brought_to_the_image(detector):
 def test_image_score_is_the_mean_of_the_top_patches(features):
     detector = small_detector(features, 320)
     found = detector.detect(torch.rand(2, 1, 320, 320))
-    expected = found.patch_map.flatten(1).sort(dim=1, descending=True).values[:, :4].mean(dim=1)  # 1 % of 20 x 20
+    expected = found.patch_map.flatten(1).sort(dim=1, descending=True).values[:, :16].mean(dim=1)  # 1 % of 40 x 40
     torch.testing.assert_close(found.image_score, expected)
 
 
-def test_calibrated_scores_of_healthy_patches_have_mean_0_and_deviation_1(detector):
-    detector.calibrate(healthy_batches())
-    scores = torch.cat([detector.score_patches(batch).flatten() for batch in healthy_batches()])
-    assert abs(float(scores.mean())) < 1e-4
-    assert abs(float(scores.std()) - 1) < 1e-4
+def test_calibrated_scores_of_healthy_patches_are_as_rare_as_those_of_a_normal(detector):
+    detector.calibrate(healthy_batches(detector.features))
+    scores = torch.cat([detector.score_patches(batch)[0].flatten() for batch in healthy_batches(detector.features)])
+    for level, share in ((0.0, 0.5), (1.0, 0.1587), (2.0, 0.0228)):
+        assert float((scores > level).float().mean()) == pytest.approx(share, abs=0.003)
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.1, 0.02])
 def test_the_wanted_share_of_healthy_patches_exceeds_the_threshold(detector, rate):
-    detector.calibrate(healthy_batches(), false_positive_rate=rate)
-    scores = torch.cat([detector.score_patches(batch).flatten() for batch in healthy_batches()])
+    detector.calibrate(healthy_batches(detector.features), false_positive_rate=rate)
+    scores = torch.cat([detector.score_patches(batch)[0].flatten() for batch in healthy_batches(detector.features)])
     share = float((scores > detector.threshold).float().mean())
     assert rate - 2 / len(scores) <= share <= rate
 
 
 def test_the_wanted_rates_are_in_the_checkpoint(features, detector):
     assert detector.false_positive_rate.isnan() and detector.image_false_positive_rate.isnan()
-    detector.calibrate(healthy_batches(), false_positive_rate=0.02, image_false_positive_rate=0.1)
+    detector.calibrate(healthy_batches(detector.features), false_positive_rate=0.02, image_false_positive_rate=0.1)
     other = small_detector(features)
     other.load_state_dict(detector.state_dict())
     assert (float(other.false_positive_rate), float(other.image_false_positive_rate)) == (0.02, 0.1)
 
 
 def test_standardization_gives_every_channel_the_same_scale(detector):
-    embeddings = torch.randn(50, 152, 4, 4) * torch.linspace(0.1, 10, 152).view(1, -1, 1, 1) + 3
-    moments = embeddings.transpose(0, 1).flatten(1)
+    maps = random_maps(detector.features, 50)
+    maps[:, :152] = maps[:, :152] * torch.linspace(0.1, 10, 152).view(1, -1, 1, 1) + 3
+    moments = maps.transpose(0, 1).flatten(1)
     detector.set_standardization(moments.mean(dim=1), moments.std(dim=1))
-    standardized = detector.standardize(embeddings).transpose(0, 1).flatten(1)
+    standardized = detector.standardized(maps).transpose(0, 1).flatten(1)
     torch.testing.assert_close(standardized.mean(dim=1), torch.zeros(152), atol=1e-4, rtol=0)
     torch.testing.assert_close(standardized.std(dim=1), torch.ones(152), atol=1e-3, rtol=0)
 
 
 def test_the_papers_recipe_does_not_standardize(features):
     detector = small_detector(features, 64, standardize=False)
-    detector.set_standardization(torch.ones(152), torch.full((152,), 2.0))
+    channels = random_maps(features).shape[1]
+    detector.set_standardization(torch.ones(channels), torch.full((channels,), 2.0))
     embeddings = torch.randn(1, 152, 4, 4)
     assert torch.equal(detector.standardize(embeddings), embeddings)
 
@@ -95,7 +97,7 @@ def test_the_papers_recipe_does_not_standardize(features):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_torchscript_equals_eager_at_every_size(detector, tmp_path):
-    detector.calibrate(healthy_batches())
+    detector.calibrate(healthy_batches(detector.features))
     torch.jit.script(detector).save(str(tmp_path / "model.ts"))
     scripted = torch.jit.load(str(tmp_path / "model.ts"))
     for size in ((64, 64), (50, 70)):
@@ -109,7 +111,7 @@ def test_torchscript_equals_eager_at_every_size(detector, tmp_path):
 
 
 def test_a_checkpoint_restores_maps_and_threshold_and_holds_no_backbone(detector, features, tmp_path):
-    detector.calibrate(healthy_batches())
+    detector.calibrate(healthy_batches(detector.features))
     save_checkpoint(detector, tmp_path / "model.pt")
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     assert not [key for key in state if key.startswith("features")]
@@ -182,13 +184,81 @@ def test_only_the_density_is_trained(detector):
     assert trained == {f"density.{name}" for name, _ in detector.density.named_parameters()}
 
 
+# foreground and details
+
+
+def body_with_air(size=64):
+    """A gray body on the right half of an image, black air on the left, with a black cyst inside the body."""
+    image = torch.zeros(1, 1, size, size)
+    image[..., size // 2 :] = 0.5
+    return image
+
+
+def test_the_map_is_lowest_in_the_air_and_nowhere_lower(detector):
+    detector.calibrate(healthy_batches(detector.features))
+    found = detector.detect(body_with_air())
+    assert (found.patch_map[..., :4] == -6).all() and (found.patch_map[..., 4:] >= -6).all()
+    assert (found.patch_map[..., 4:] > -6).any()
+
+
+def test_air_has_no_part_in_thresholds_and_image_scores(features):
+    air, whole = small_detector(features), small_detector(features, foreground="all")
+    batches = healthy_batches(features)
+    for batch in batches:
+        batch[:, -1, :, :2] = 0  # the left half is air, where everything is wild
+        batch[:, :-1, :, :2] *= 30
+    for one in (air, whole):
+        one.calibrate(batches)
+    score, inside = air.score_patches(batches[0])
+    assert float((score[inside] > 2).float().mean()) == pytest.approx(0.0228, abs=0.02)
+    assert air.image_score(score, inside).isfinite().all()
+    assert inside.float().mean() == 0.5 and whole.score_patches(batches[0])[1].all()
+
+
+def test_a_blank_image_has_the_lowest_map_and_score(detector):
+    detector.calibrate(healthy_batches(detector.features))
+    blank, body = detector.detect(torch.zeros(1, 1, 64, 64)), detector.detect(torch.rand(1, 1, 64, 64))
+    assert (blank.anomaly_map == -6).all() and float(blank.image_score) < float(body.image_score)
+
+
+def test_validation_images_without_foreground_are_refused(detector):
+    batches = healthy_batches(detector.features)
+    for batch in batches:
+        batch[:, -1] = 0
+    with pytest.raises(BundleError, match="no healthy validation image has any foreground: give foreground all"):
+        detector.calibrate(batches)
+
+
+def test_without_details_the_patch_map_has_the_grid_of_the_patches(features):
+    assert small_detector(features, detail_weight=0.0).detect(torch.rand(1, 1, 64, 64)).patch_map.shape == (1, 4, 4)
+    assert small_detector(features).detect(torch.rand(1, 1, 64, 64)).patch_map.shape == (1, 8, 8)
+    coarse = FeatureNetwork("efficientnet_lite0", detail_layers=[])
+    assert small_detector(coarse).detail_score is None
+
+
+def test_a_lesion_of_half_a_patch_stands_in_its_own_half_of_the_map(features):
+    detector = small_detector(features, 64)
+    generator = torch.Generator().manual_seed(0)
+    images = [0.5 + 0.02 * torch.randn(8, 1, 64, 64, generator=generator) for _ in range(6)]
+    maps = [detector.embed(batch) for batch in images]
+    together = torch.cat(maps).transpose(0, 1).flatten(1)
+    detector.set_standardization(together.mean(1), together.std(1))
+    detector.fit_before_training(maps, maps)
+    detector.fit_after_training(maps)
+    detector.calibrate(maps)
+    image = torch.full((1, 1, 64, 64), 0.5)
+    image[..., 34:38, 26:30] = 1.0
+    found = detector.detail_score.residual(*detector._detailed(detector.embed(image))[:2])[0].square().mean(0)
+    assert divmod(int(found.flatten().argmax()), 8) == (4, 3)
+
+
 # finer and fewer features
 
 
 def test_every_tile_is_embedded_as_an_image_of_its_own(features):
     detector = small_detector(features, 128, tiles=2)
     image = torch.rand(2, 1, 128, 128)
-    embeddings = detector.embed(image)
+    embeddings = detector.unpack(detector.embed(image)).embeddings
     assert embeddings.shape == (2, 152, 8, 8)
     for row in range(2):
         for column in range(2):
@@ -202,13 +272,15 @@ def test_tiles_of_an_oblong_image_keep_their_places(features):
     detector = small_detector(features, [64, 160], tiles=2)
     image = torch.zeros(1, 1, 64, 160)
     image[..., 40:56, 100:110] = 1  # in the lower right tile
-    changed = (detector.embed(image) - detector.embed(torch.zeros_like(image))).abs().sum(dim=1)[0]
+    maps, dark = (detector.unpack(detector.embed(one)) for one in (image, torch.zeros_like(image)))
+    changed = (maps.embeddings - dark.embeddings).abs().sum(dim=1)[0]
     assert (changed[2:, 5:] > 1).all() and (changed[:2] < 1e-3).all() and (changed[:, :5] < 1e-3).all()
 
 
 def test_pooled_embeddings_are_means_over_near_patches_across_tiles_too(features):
     image = torch.rand(1, 1, 128, 128)
-    alone, pooled = (small_detector(features, 128, tiles=2, feature_pooling=side).embed(image) for side in (1, 3))
+    detectors = [small_detector(features, 128, tiles=2, feature_pooling=side) for side in (1, 3)]
+    alone, pooled = (detector.unpack(detector.embed(image)).embeddings for detector in detectors)
     inside = alone[:, :, 3:6, 2:5].mean(dim=(2, 3))  # the seam of the tiles is at 4
     corner = alone[:, :, :2, :2].sum(dim=(2, 3)) / 9
     torch.testing.assert_close(pooled[:, :, 4, 3], inside, atol=1e-4, rtol=1e-4)
@@ -236,12 +308,13 @@ def test_tiles_off_the_patch_grid_are_refused(features, size, tiles, message):
 
 def test_reduced_features_are_the_leading_principal_components(features):
     detector = small_detector(features, feature_components=6)
-    embeddings = torch.randn(40, 152, 4, 4) * torch.linspace(3, 0.1, 152).view(1, -1, 1, 1)
-    embeddings[:, 1] = embeddings[:, 0]  # the same twice: the leading component of standardized channels
-    moments = embeddings.transpose(0, 1).flatten(1)
+    maps = random_maps(features, 40)
+    maps[:, :152] *= torch.linspace(3, 0.1, 152).view(1, -1, 1, 1)
+    maps[:, 1] = maps[:, 0]  # the same twice: the leading component of standardized channels
+    moments = maps.transpose(0, 1).flatten(1)
     detector.set_standardization(moments.mean(dim=1), moments.std(dim=1))
-    detector.fit_before_training([embeddings], [embeddings])
-    reduced = detector.standardize(embeddings)
+    detector.fit_before_training([maps], [maps])
+    reduced = detector.standardized(maps)
     assert reduced.shape == (40, 6, 4, 4)
     covariance = torch.cov(reduced.transpose(0, 1).flatten(1))
     torch.testing.assert_close(covariance, torch.diag(covariance.diag()), atol=0.05, rtol=0)

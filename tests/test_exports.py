@@ -40,9 +40,9 @@ def exported(tmp_path_factory):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     lite = small_detector(FeatureNetwork("efficientnet_lite0"), preprocessing=PREPROCESSING).eval()
-    lite.set_standardization(torch.randn(152), torch.rand(152) + 0.5)
     with torch.no_grad():
         healthy = [lite.embed(torch.rand(4, 1, 64, 64))]
+    lite.set_standardization(torch.randn(healthy[0].shape[1]), torch.rand(healthy[0].shape[1]) + 0.5)
     lite.fit_before_training(healthy, healthy)
     lite.fit_after_training(healthy)
     lite.calibrate(healthy)

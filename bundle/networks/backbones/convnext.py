@@ -50,6 +50,7 @@ class ConvNext(BackboneSpec):
     page: str = DINOV3_PAGE
     layers: tuple[int, ...] = (2,)
 
+    strides = STRIDES
     layouts = (
         Layout("meta", "downsample_layers.0.0.weight", _from_meta),
         Layout("transformers", "stages.0.downsample_layers.0.weight", _from_transformers),
@@ -57,14 +58,14 @@ class ConvNext(BackboneSpec):
 
     def depth(self, network: Any) -> int:
         """The number of stages."""
-        return len(STRIDES)
+        return len(self.strides)
 
-    def tapped(self, network: Any, layers: list[int], publisher: str) -> nn.Module:
+    def tapped(self, network: Any, layers: list[int], details: list[int], publisher: str) -> nn.Module:
         """See :class:`BackboneSpec`."""
         *stages, last = network.stages
         # Meta norms the last stage, and only it
         stages.append(nn.Sequential(last, network.head.norm))
-        return Stages(network.stem, stages, STRIDES, layers, self.patch)
+        return Stages(network.stem, stages, self.strides, layers, details, self.patch)
 
 
 def _dinov3(name: str, timm_name: str) -> ConvNext:

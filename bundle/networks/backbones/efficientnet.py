@@ -22,16 +22,19 @@ class EfficientNet(BackboneSpec):
     """An EfficientNet. Layers are stages 0 to 6; of Lite0, 2 has 40 channels at stride 8, 4 has 112 at stride 16."""
 
     layers: tuple[int, ...] = (2, 4)
+    detail_layers: tuple[int, ...] = (2,)
     keeps_bf16: bool = False
+
+    strides = STRIDES
 
     def depth(self, network: Any) -> int:
         """The number of stages."""
-        return len(STRIDES)
+        return len(self.strides)
 
-    def tapped(self, network: Any, layers: list[int], publisher: str) -> nn.Module:
+    def tapped(self, network: Any, layers: list[int], details: list[int], publisher: str) -> nn.Module:
         """See :class:`BackboneSpec`."""
         stem = nn.Sequential(network.conv_stem, network.bn1)
-        return Stages(stem, list(network.blocks), STRIDES, layers, self.patch)
+        return Stages(stem, list(network.blocks), self.strides, layers, details, self.patch)
 
     def to_timm(self, state: State, expected: State) -> tuple[str, State]:
         """See :class:`BackboneSpec`; the package has other names in the same order."""

@@ -108,7 +108,7 @@ class LearnedVit(BackboneSpec):
         """The number of blocks."""
         return len(network.blocks)
 
-    def tapped(self, network: Any, layers: list[int], publisher: str) -> nn.Module:
+    def tapped(self, network: Any, layers: list[int], details: list[int], publisher: str) -> nn.Module:
         """See :class:`BackboneSpec`."""
         return _Blocks(network, layers, self.interpolation(publisher))
 

@@ -83,7 +83,7 @@ class RopeVit(BackboneSpec):
         """The number of blocks."""
         return len(network.blocks)
 
-    def tapped(self, network: Any, layers: list[int], publisher: str) -> nn.Module:
+    def tapped(self, network: Any, layers: list[int], details: list[int], publisher: str) -> nn.Module:
         """See :class:`BackboneSpec`."""
         return _Blocks(network, layers)
 

@@ -56,6 +56,8 @@ class BackboneSpec(ABC):
         repository: on the model hub, with a ``model.safetensors``; default: that of timm.
         package: that holds the weights, if there is one; then neither folder nor hub is searched.
         layers: what is tapped by default; -1 is the last one.
+        detail_layers: what is tapped at its own finer stride by default; kinds that have none know no such layer.
+        strides: of every layer, in pixels; empty where all have that of the grid.
         mean: of each color channel that the input is normalized with, for images in [0, 1].
         std: the deviation to match.
         patch: stride of the output grid, in pixels.
@@ -72,12 +74,14 @@ class BackboneSpec(ABC):
     repository: str = ""
     package: Package | None = None
     layers: tuple[int, ...] = (-1,)
+    detail_layers: tuple[int, ...] = ()
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     patch: int = 16
     image_size: int = 320
     keeps_bf16: bool = True
 
+    strides: ClassVar[tuple[int, ...]] = ()
     layouts: ClassVar[tuple[Layout, ...]] = ()
     timm_kwargs: ClassVar[Mapping[str, Any]] = {}
 
@@ -86,16 +90,18 @@ class BackboneSpec(ABC):
         """How many layers of the timm ``network`` can be tapped."""
 
     @abstractmethod
-    def tapped(self, network: Any, layers: list[int], publisher: str) -> nn.Module:
+    def tapped(self, network: Any, layers: list[int], details: list[int], publisher: str) -> nn.Module:
         """A scriptable module that gives the joined maps of ``layers`` of the timm ``network``.
 
         Args:
             network: with its weights loaded.
             layers: not negative, ascending.
+            details: the same, of layers with a finer stride than the grid; empty where there are no ``strides``.
             publisher: of the weights file, see :class:`Layout`.
 
         Returns:
-            From normalized images [B, 3, H, W] to embeddings [B, C, H // patch, W // patch].
+            From normalized images [B, 3, H, W] to embeddings [B, C, H // patch, W // patch], followed along the
+            channels by the maps of ``details`` as they are, space to depth.
         """
 
     def describe(self, publisher: str) -> dict[str, Any]:

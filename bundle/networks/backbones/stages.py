@@ -18,31 +18,56 @@ class Stages(nn.Module):
         stages: of the network, in its order.
         strides: of every stage, in pixels.
         layers: the tapped stages, ascending.
+        details: stages that are tapped at their own finer stride, ascending.
         patch: stride of the grid, in pixels.
+
+    Attributes:
+        detail_channels: of the details together, at their own stride.
     """
 
     def __init__(
-        self, stem: nn.Module, stages: Sequence[nn.Module], strides: Sequence[int], layers: list[int], patch: int
+        self,
+        stem: nn.Module,
+        stages: Sequence[nn.Module],
+        strides: Sequence[int],
+        layers: list[int],
+        details: list[int],
+        patch: int,
     ) -> None:
         super().__init__()
         self.stem = stem
-        self.stages = nn.ModuleList(stages[: layers[-1] + 1])
+        self.stages = nn.ModuleList(stages[: max(layers + details) + 1])
         self.strides = list(strides)
         self.layers = layers
+        self.is_detail = [index in details for index in range(len(self.stages))]  # an empty list has no type
         self.patch = patch
         _fold_batch_norms(self)
+        self.detail_channels = self._count(details)
         self.to(memory_format=torch.channels_last)  # depthwise convolutions run faster so on a CPU
 
+    @torch.no_grad()
+    def _count(self, stages: list[int]) -> int:
+        """The channels of ``stages`` together."""
+        features = self.stem(torch.zeros(1, 3, 4 * self.patch, 4 * self.patch))
+        channels = []
+        for stage in self.stages:
+            features = stage(features)
+            channels.append(int(features.shape[1]))
+        return sum(channels[index] for index in stages)
+
     def forward(self, image: Tensor) -> Tensor:
-        """The joined maps [B, C, H // patch, W // patch] of ``image`` [B, 3, H, W]."""
+        """The joined maps [B, C, H // patch, W // patch] of ``image`` [B, 3, H, W], details space to depth."""
         grid = [image.shape[-2] // self.patch, image.shape[-1] // self.patch]
         features = self.stem(image)
         maps: list[Tensor] = []
+        details: list[Tensor] = []
         for index, stage in enumerate(self.stages):
             features = stage(features)
             if index in self.layers:
                 maps.append(_to_grid(features, self.strides[index], self.patch, grid))
-        return torch.cat(maps, dim=1)
+            if self.is_detail[index]:
+                details.append(F.pixel_unshuffle(features, self.patch // self.strides[index]))
+        return torch.cat(maps + details, dim=1)
 
 
 def _fold_batch_norms(module: nn.Module) -> None:
