@@ -31,7 +31,8 @@ from scripts.benchmarks.bmad import (
     set_folders,
 )
 from scripts.benchmarks.cells import last_words, measured
-from scripts.benchmarks.report import REFERENCE, differs_from_bmad, label_points, summarize, write_report
+from scripts.benchmarks.figures import REFERENCE, label_points
+from scripts.benchmarks.report import differs_from_bmad, summarize, write_report
 
 ROOT = Path(__file__).parents[1]
 CONFIG = load_config(ROOT / "configs/benchmark.json")
