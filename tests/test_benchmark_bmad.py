@@ -31,6 +31,7 @@ from scripts.benchmarks.bmad import (
     set_folders,
 )
 from scripts.benchmarks.cells import last_words, measured
+from scripts.benchmarks.common import METRICS
 from scripts.benchmarks.figures import REFERENCE, label_points
 from scripts.benchmarks.report import differs_from_bmad, summarize, write_report
 
@@ -78,7 +79,7 @@ def measured_run(tmp_path_factory):
     pytest.importorskip("anomalib", reason='pip install -e ".[benchmark]"')
     folder = tmp_path_factory.mktemp("bmad")
     tiny_set(folder / "data/Brain_AD/BraTS2021_slice")
-    words = ["--methods", "ours", "PaDiM", "--protocols", "native"]
+    words = ["--methods", "ours", "PaDiM", "--protocols", "native", "--part", "all"]
     here = Path.cwd()
     os.chdir(ROOT)
     try:
@@ -107,6 +108,21 @@ def test_both_methods_are_measured_alike(measured_run):
     assert "python -m scripts.benchmarks.bmad" in page
 
 
+def test_numbers_from_the_tables_of_all_images_are_those_of_the_bundle(measured_run):
+    results = measured_run[1]
+    for row in results["sets"]["Brain"]["rows"]:
+        for metric in METRICS:
+            assert row["accuracy"]["native"][metric][0] == pytest.approx(row["whole"]["native"][metric][0], abs=1e-4)
+
+
+def test_the_page_says_how_sure_each_number_and_each_difference_is(measured_run):
+    page = measured_run[2]
+    assert "Reported on **all** test images, 2 healthy and 2 anomalous" in page
+    assert "Ahead of **ours**, in points, on the same draws of test images:" in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| PaDiM | native") and "+" in line]
+    assert row.count("[") == len(METRICS)
+
+
 def test_page_numbers_and_figures_are_written(measured_run):
     out = measured_run[0] / "out"
     assert (out / "benchmark.md").read_text() == measured_run[2]
@@ -128,7 +144,7 @@ def test_published_rows_stand_beside_the_measured_ones(measured_run):
 def test_a_second_run_measures_nothing_again(measured_run):
     folder, results, _ = measured_run
     before = times_of(folder / "out/cells")
-    words = ["--methods", "ours", "PaDiM", "--protocols", "native"]
+    words = ["--methods", "ours", "PaDiM", "--protocols", "native", "--part", "all"]
     again = benchmark(arguments(folder / "data", folder / "out", *words))
     assert times_of(folder / "out/cells") == before
     assert again["sets"]["Brain"]["times"] == results["sets"]["Brain"]["times"]
@@ -248,6 +264,7 @@ def test_two_folders_of_one_set_are_refused(tmp_path):
             ["--knobs", json.dumps({**KNOBS, "max_epoch": 1}), "--methods", "ours"],
             "knob --max_epoch is unknown: did you mean 'max_epochs'",
         ),
+        (["--part", "reports"], "part 'reports' is unknown: did you mean 'report'"),
         (["--config", "pyproject.toml"], "cannot read --config 'pyproject.toml'"),
     ],
 )
@@ -302,6 +319,28 @@ def test_ablations_of_stages_know_every_backbone_and_reach_its_last_blocks(backb
     assert depth / 2 < max(layers) < depth
 
 
+def compared(cells):
+    """What the comparison says of cells that were not measured."""
+    rows = {
+        name: {
+            metric: {
+                "seeds": [one["protocols"]["native"][metric] for one in seeds],
+                "interval": [0.4, 0.9] if seeds[0]["protocols"]["native"][metric] else None,
+                "difference": None,
+            }
+            for metric in METRICS
+        }
+        for name, seeds in cells.items()
+    }
+    return {"native": {"images": {"healthy": 3, "anomalous": 4}, "rows": rows}}
+
+
+@pytest.fixture
+def without_times_and_tables(monkeypatch):
+    monkeypatch.setattr("scripts.benchmarks.bmad.run_times", lambda *_: None)
+    monkeypatch.setattr("scripts.benchmarks.bmad.compare_cells", lambda *_: {})
+
+
 def cell(method, seed, pixel=0.9, image=0.8):
     values = {"pixel_auroc": pixel, "pixel_ap": pixel, "aupro": pixel, "image_auroc": image, "image_ap": image}
     recipe = {"method": method, "seed": seed, "configs": [], "knobs": {"max_epochs": 1}}
@@ -310,8 +349,9 @@ def cell(method, seed, pixel=0.9, image=0.8):
 
 
 def test_seeds_become_mean_and_deviation():
-    data_set = {"times": {"seconds": {"ours": [0.02, 0.04, 0.03], "PaDiM": [0.04, 0.08, 0.09]}}}
-    row = summarize("PaDiM", [cell("PaDiM", 0, pixel=0.5), cell("PaDiM", 1, pixel=0.7)], data_set, "ours")
+    cells = [cell("PaDiM", 0, pixel=0.5), cell("PaDiM", 1, pixel=0.7)]
+    times = {"seconds": {"ours": [0.02, 0.04, 0.03], "PaDiM": [0.04, 0.08, 0.09]}}
+    row = summarize("PaDiM", cells, {"times": times, "compared": compared({"PaDiM": cells})}, "ours")
     assert row["accuracy"]["native"]["pixel_ap"] == pytest.approx([0.6, 0.1414], abs=1e-4)
     assert (row["ms"], row["times_reference"]) == pytest.approx((80, 2))
 
@@ -321,6 +361,7 @@ def test_a_set_with_image_labels_only_has_dashes_for_pixels(tmp_path):
     seconds = {"ours": [0.02], "PaDiM": [0.03]}
     times = {"seconds": seconds, "images": 2, "threads": 1, "recipe": {"batch_size": 2, "repeats": 1}}
     data = {"title": "RSNA", "data": "Chest", "synthetic": False, "expected": None, "cells": cells, "times": times}
+    data["compared"] = compared(cells)
     results = {
         "command": "python -m scripts.benchmarks.bmad",
         "date": "2026-01-01",
@@ -328,13 +369,16 @@ def test_a_set_with_image_labels_only_has_dashes_for_pixels(tmp_path):
         "machine": "a machine",
         "protocols": {"native": {"evaluation_size": None, "mask_rule": ">0"}},
         "reference": "ours",
+        "part": "all",
+        "draws": 1000,
         "published": CONFIG["published"],
         "methods": {name: CONFIG["methods"][name] for name in cells},
         "sets": {"Chest": {**data, "images": {"training": 1, "validation": 1, "test": 1}}},
         "failed": {"Chest, PatchCore, seed 0": "no weights"},
     }
     page = write_report(results, tmp_path)
-    assert "| ours | native size, mask `>0` | - | - | - | 80.00 ± 0.00 | 80.00 ± 0.00 | 20 | 1 |" in page
+    image = "80.00 ± 0.00 [40.0, 90.0]"
+    assert f"| ours | native size, mask `>0` | - | - | - | {image} | {image} | 20 | 1 |" in page
     assert "Beside the published numbers" not in page
     assert "- Chest, PatchCore, seed 0: no weights" in page
     assert (tmp_path / "benchmark_bars.png").is_file()
@@ -371,14 +415,13 @@ def test_a_failing_command_says_why(tmp_path):
     assert last_words(log) == "it ended without a word"
 
 
-def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
+def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch, without_times_and_tables):
     def fail(folder, recipe, *_):
         if recipe["seed"] == 0:
             raise BundleError("out of memory")
         return {**cell("ours", 1), "recipe": recipe}
 
     monkeypatch.setattr("scripts.benchmarks.bmad.run_cell", fail)
-    monkeypatch.setattr("scripts.benchmarks.bmad.run_times", lambda *_: None)
     data = tiny_set(tmp_path / "set")
     words = ["--methods", "ours", "--seeds", "0", "1", "--protocols", "native"]
     results = benchmark(arguments(data, tmp_path / "out", *words))
@@ -386,11 +429,10 @@ def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
     assert len(results["sets"]["set"]["cells"]["ours"]) == 1
 
 
-def test_a_method_may_ask_for_fewer_seeds(tmp_path, monkeypatch):
+def test_a_method_may_ask_for_fewer_seeds(tmp_path, monkeypatch, without_times_and_tables):
     monkeypatch.setattr(
         "scripts.benchmarks.bmad.run_cell", lambda folder, recipe, *_: {**cell("", recipe["seed"]), "recipe": recipe}
     )
-    monkeypatch.setattr("scripts.benchmarks.bmad.run_times", lambda *_: None)
     data = tiny_set(tmp_path / "set")
     words = ["--methods", "ours", "nearest neighbor", "--seeds", "4", "5", "6", "--protocols", "native"]
     cells = benchmark(arguments(data, tmp_path / "out", *words))["sets"]["set"]["cells"]
@@ -400,7 +442,7 @@ def test_a_method_may_ask_for_fewer_seeds(tmp_path, monkeypatch):
     }
 
 
-def test_several_cells_run_at_once_and_come_back_in_order(tmp_path, monkeypatch):
+def test_several_cells_run_at_once_and_come_back_in_order(tmp_path, monkeypatch, without_times_and_tables):
     both_run = Barrier(2)
 
     def together(folder, recipe, *_):
@@ -408,7 +450,6 @@ def test_several_cells_run_at_once_and_come_back_in_order(tmp_path, monkeypatch)
         return {**cell("ours", recipe["seed"]), "recipe": recipe}
 
     monkeypatch.setattr("scripts.benchmarks.bmad.run_cell", together)
-    monkeypatch.setattr("scripts.benchmarks.bmad.run_times", lambda *_: None)
     data = tiny_set(tmp_path / "set")
     words = ["--methods", "ours", "--seeds", "2", "0", "1", "3", "--protocols", "native", "--jobs", "2"]
     results = benchmark(arguments(data, tmp_path / "out", *words))

@@ -16,9 +16,11 @@ from scripts.benchmarks.words import (
     backbone_words,
     commit_words,
     counted,
+    difference_words,
     digits,
     protocol_words,
     with_deviation,
+    with_interval,
 )
 
 
@@ -36,15 +38,22 @@ def write_report(results: dict[str, Any], folder: Path) -> str:
 
 
 def summarize(method: str, cells: list[dict[str, Any]], data_set: dict[str, Any], reference: str) -> dict[str, Any]:
-    """A row: means over the seeds, with deviations; accuracy as a share, None where it is not defined."""
+    """A row: means over the seeds, with deviations; accuracy as a share, None where it is not defined.
+
+    ``accuracy`` is that of the part of the test split that is reported, ``whole`` that of all test images.
+    """
     seconds = (data_set["times"] or {}).get("seconds", {})
     own, against = seconds.get(method), seconds.get(reference)
     return {
         "method": method,
         "seeds": [cell["recipe"]["seed"] for cell in cells],
         "accuracy": {
+            protocol: {metric: spread(one["seeds"]) for metric, one in compared["rows"][method].items()}
+            for protocol, compared in data_set["compared"].items()
+        },
+        "whole": {
             protocol: {metric: spread(cell["protocols"][protocol][metric] for cell in cells) for metric in METRICS}
-            for protocol in cells[0]["protocols"]
+            for protocol in data_set["compared"]
         },
         "ms": 1000 * median(own) if own else None,
         "times_reference": median(a / b for a, b in zip(own, against, strict=True)) if own and against else None,
@@ -83,19 +92,48 @@ def section(name: str, data_set: dict[str, Any], results: dict[str, Any]) -> lis
     if differs_from_bmad(data_set):
         theirs = f"{counted(data_set['expected'])}, anomalous validation images among them"
         lines += [f"**These are not the images of BMAD's set**, which has {theirs}.", ""]
+    lines += [part_words(data_set, results), ""]
     reference = results["reference"]
     names = [*TITLES.values(), "ms per image", f"times {reference}", "peak memory MB", "stored MB"]
     lines += [f"| method | protocol | {' | '.join(names)} |", "| --- | --- " + "| ---: " * len(names) + "|"]
     for protocol, meaning in results["protocols"].items():
         for row in data_set["rows"]:
-            accuracy = row["accuracy"].get(protocol)
-            if accuracy is None:
-                continue
-            cells = [with_deviation(accuracy[metric], 100) for metric in METRICS]
+            accuracy = row["accuracy"][protocol]
+            intervals = data_set["compared"][protocol]["rows"][row["method"]]
+            cells = [with_interval(accuracy[metric], intervals[metric]["interval"]) for metric in METRICS]
             cells += [digits(row["ms"]), digits(row["times_reference"])]
             cells += [with_deviation(row["peak_mb"]), with_deviation(row["stored_mb"])]
             lines.append(f"| {row['method']} | {protocol_words(meaning)} | {' | '.join(cells)} |")
+    return lines + differences(data_set, results)
+
+
+def differences(data_set: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    """The table of what each method is ahead of the reference; none where there is nothing to compare."""
+    reference = results["reference"]
+    others = [row["method"] for row in data_set["rows"] if row["method"] != reference]
+    if not others or len(others) == len(data_set["rows"]):
+        return []
+    lines = ["", f"Ahead of **{reference}**, in points, on the same draws of test images:", ""]
+    lines += [f"| method | protocol | {' | '.join(TITLES.values())} |", "| --- | --- " + "| ---: " * len(TITLES) + "|"]
+    for protocol, meaning in results["protocols"].items():
+        for method in others:
+            row = data_set["compared"][protocol]["rows"][method]
+            cells = [difference_words(row[metric]["difference"]) for metric in METRICS]
+            lines.append(f"| {method} | {protocol_words(meaning)} | {' | '.join(cells)} |")
     return lines
+
+
+def part_words(data_set: dict[str, Any], results: dict[str, Any]) -> str:
+    """Which test images the numbers are of."""
+    (images, *_) = [one["images"] for one in data_set["compared"].values()]
+    count = f"{images['healthy']} healthy and {images['anomalous']} anomalous"
+    if results["part"] == "all":
+        return f"Reported on **all** test images, {count}: choices may have been made on the same ones."
+    words = {"report": "no choice was made on", "development": "choices are made on, and not for the record"}
+    return (
+        f"Reported on the half **{results['part']}** of the test images, {count}, which {words[results['part']]}; a "
+        "hash of the name says which half an image belongs to."
+    )
 
 
 def differs_from_bmad(data_set: dict[str, Any]) -> bool:
@@ -122,7 +160,8 @@ def beside_published(results: dict[str, Any]) -> list[str]:
         "## Beside the published numbers",
         "",
         f"Pixel AUROC / pixel AP in %. Published: {published['source']}, protocol {published['protocol']}, on hardware "
-        f"of its own. Measured: {words}{other}; {backbones}, whatever a published name says.",
+        f"of its own. Measured: {words}{other}; **all** test images, those that choices were made on too; {backbones}, "
+        "whatever a published name says.",
         "",
         f"| method | | ms | {' | '.join(titles)} |",
         "| --- | --- | ---: " + "| --- " * len(sets) + "|",
@@ -147,7 +186,7 @@ def measured_line(method: str, protocol: str, sets: dict[str, Any]) -> list[str]
         return []
     cells = []
     for row in rows:
-        accuracy = row["accuracy"].get(protocol) if row else None
+        accuracy = row["whole"].get(protocol) if row else None
         cells.append(
             " / ".join(with_deviation(accuracy[one], 100) for one in ("pixel_auroc", "pixel_ap")) if accuracy else "-"
         )
@@ -177,6 +216,8 @@ def legend(results: dict[str, Any]) -> list[str]:
         "",
         "- Accuracy in %, mean ± deviation over the seeds where there are several; all test pixels pooled; AUPRO up to "
         "a false positive rate of 0.3; '-': not defined, as pixel metrics without masks.",
+        f"- [from, to]: 95 % interval over test images, by {results['draws']} draws with replacement, healthy and "
+        "anomalous ones apart, the same draws for all methods. **undecided**: the interval of a difference holds 0.",
         f"- ms per image: {timed}.",
         "- peak memory: the most that the process which fits and scores under the first protocol holds resident, "
         "imports included. The feature cache counts while its files are mapped; it is shared, so that densities which "

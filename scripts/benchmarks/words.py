@@ -46,6 +46,21 @@ def with_deviation(value: list[float | None], scale: float = 1) -> str:
     return show(scale * average) + ("" if deviation is None else f" ± {show(scale * deviation)}")
 
 
+def with_interval(value: list[float | None], interval: list[float] | None) -> str:
+    """Percentage ± deviation, and its interval, which may be unknown."""
+    limits = "" if interval is None else f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    return with_deviation(value, 100) + limits
+
+
+def difference_words(difference: list[float] | None) -> str:
+    """A difference [value, low, high] of shares in points, 'undecided' where the interval holds 0."""
+    if difference is None:
+        return "-"
+    value, low, high = difference
+    limits = f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{limits} undecided" if low <= 0 <= high else limits
+
+
 def digits(value: float | None) -> str:
     """``value`` in three digits or all that are before the point."""
     if value is None:
