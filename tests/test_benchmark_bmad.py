@@ -37,6 +37,7 @@ from scripts.benchmarks.report import differs_from_bmad, summarize, write_report
 
 ROOT = Path(__file__).parents[1]
 CONFIG = load_config(ROOT / "configs/benchmark.json")
+PAPER = "paper's architecture on our features"
 KNOBS = {"backbone": "efficientnet_lite0", "image_size": 64, "hidden_channels": 8, "max_epochs": 1, "device": "cpu"}
 SPELLINGS = [(name, folder) for name, one in CONFIG["sets"].items() for folder in one["folders"]]
 
@@ -276,12 +277,27 @@ def test_what_is_misspelled_is_refused_with_the_closest_name(tmp_path, words, me
 def test_the_paper_is_its_overlay_and_smaller_on_efficientnet(tmp_path):
     data_set = read_set("RESC", tiny_set(tmp_path / "RESC"))
     dinov3 = {"backbone": "dinov3_vits16", "weights": "random"}
-    paper = make_recipe(CONFIG, "paper, dilated", data_set, 0, dinov3)
+    paper = make_recipe(CONFIG, f"{PAPER}, dilated", data_set, 0, dinov3)
     assert paper["configs"] == ["configs/paper.json"]
     assert paper["knobs"] == {**dinov3, "dilations": [4] * 5}
-    small = make_recipe(CONFIG, "paper, dilated", data_set, 0, {"backbone": "efficientnet_lite0"})
+    small = make_recipe(CONFIG, f"{PAPER}, dilated", data_set, 0, {"backbone": "efficientnet_lite0"})
     assert small["configs"] == ["configs/paper.json"]
     assert (small["knobs"]["hidden_channels"], small["knobs"]["image_size"]) == (128, 320)
+
+
+@pytest.mark.parametrize("network", ["standard", "dilated"])
+def test_the_papers_network_with_our_score_differs_from_the_default_in_network_and_training_alone(tmp_path, network):
+    data_set = read_set("Camelyon16", tiny_set(tmp_path / "Camelyon16"))
+    ours = make_recipe(CONFIG, "ours", data_set, 0, {"backbone": "efficientnet_lite0"})
+    paper = make_recipe(CONFIG, f"{PAPER}, {network}", data_set, 0, {"backbone": "efficientnet_lite0"})
+    mixed = make_recipe(CONFIG, f"{PAPER}, {network}, our score", data_set, 0, {"backbone": "efficientnet_lite0"})
+    assert mixed["configs"] == ours["configs"] == []
+    assert mixed["knobs"]["per_position"] is ours["knobs"]["per_position"] is False
+    added = mixed["knobs"].keys() - ours["knobs"].keys()
+    assert not added & {"covariance", "score_scale", "residual_pooling", "image_score", "standardize"}
+    of_both = {**json.loads((ROOT / "configs/paper.json").read_text())["+model"], **paper["knobs"]}
+    for name in ("mode", "kernel_size", "dilations", "hidden_channels", "linear_components"):
+        assert mixed["knobs"][name] == of_both[name]
 
 
 def test_knobs_of_the_user_win_over_those_of_the_method_and_these_over_the_set(tmp_path):
@@ -298,8 +314,8 @@ def test_knobs_of_the_user_win_over_those_of_the_method_and_these_over_the_set(t
 
 
 def test_a_method_that_is_like_another_has_its_knobs_and_its_own():
-    dilated, pooled = (CONFIG["methods"][f"paper, dilated{words}"] for words in ("", ", pooled embeddings"))
-    assert dilated["efficientnet"] == CONFIG["methods"]["paper, standard"]["efficientnet"]
+    dilated, pooled = (CONFIG["methods"][f"{PAPER}, dilated{words}"] for words in ("", ", pooled embeddings"))
+    assert dilated["efficientnet"] == CONFIG["methods"][f"{PAPER}, standard"]["efficientnet"]
     assert dilated["configs"] == pooled["configs"] == ["configs/paper.json"]
     assert pooled["knobs"] == {"dilations": [4] * 5, "feature_pooling": 3}
     assert dilated["published"] == "the paper, dilated"
