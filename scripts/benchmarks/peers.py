@@ -27,7 +27,9 @@ from torch.nn import functional as F
 from bundle.compute import Compute
 from bundle.data.stream import Slice
 from bundle.errors import BundleError, check_choice
+from bundle.networks.backbones.stages import Stages
 from bundle.networks.detector import AnomalyDetector, Detection, refuse_other
+from bundle.networks.gaussian import moments
 
 SCORE_SETTINGS = {"standardize", "feature_components", "score_scale", "residual_pooling", "per_position", "image_score"}
 CALIBRATION = ("threshold", "false_positive_rate")
@@ -97,6 +99,10 @@ class Peer(ABC):
         found = self.model.eval()(images)
         return found.anomaly_map, found.pred_score.flatten()
 
+    def score(self, maps: Tensor) -> Tensor:
+        """The image scores [B] of ``maps`` [B, 1, H, W] that were restricted to a part of the images."""
+        return maps.flatten(1).amax(dim=1)
+
     @property
     def stored(self) -> dict[str, Tensor]:
         """What :meth:`fit` has stored, by name; set it to go on with that of an earlier one."""
@@ -139,6 +145,8 @@ class PatchCorePeer(BankPeer):
             :class:`bundle.networks.FeatureNetwork`.
         coreset_ratio: share of the features that is stored, in (0, 1].
         num_neighbors: stored features that the weight of the image score looks at.
+        own_strides: take each stage of a convolutional backbone at its own stride, as the authors do; the coarser ones
+            are enlarged to the finest after the average. ``features`` must have ``stages``, see :class:`PeerFeatures`.
 
     Raises:
         BundleError: if anomalib is not installed.
@@ -146,10 +154,11 @@ class PatchCorePeer(BankPeer):
 
     name = "PatchCore"
 
-    def __init__(self, features: nn.Module, coreset_ratio: float = 0.1, num_neighbors: int = 9) -> None:
-        super().__init__(
-            _Extractor(features), "patchcore", "PatchcoreModel", layers=[LAYER], num_neighbors=num_neighbors
-        )
+    def __init__(
+        self, features: Any, coreset_ratio: float = 0.1, num_neighbors: int = 9, own_strides: bool = False
+    ) -> None:
+        extractor = _StageExtractor(features) if own_strides else _Extractor(features)
+        super().__init__(extractor, "patchcore", "PatchcoreModel", layers=extractor.layers, num_neighbors=num_neighbors)
         self.coreset_ratio = coreset_ratio
 
     def _fill_bank(self) -> None:
@@ -160,14 +169,15 @@ class NearestNeighborPeer(BankPeer):
     """AnomalyDINO's scoring: every healthy feature is stored; cosine distance to the nearest.
 
     It is anomalib's ``AnomalyDINOModel`` itself, which asks its extractor for nothing but patch tokens, so that any
-    features go in; without masking of the background and without coreset. The image score is the mean of the top 1 % of
-    patches.
+    features go in; without coreset. The image score is the mean of the top 1 % of patches.
 
     Args:
         features: from normalized images [B, 3, H, W] to patch embeddings [B, C, H // patch_size, W // patch_size].
         patch_size: stride of the features, in pixels.
         search_bytes: anomalib holds three matrices of all patches of a batch times all stored features; a batch that
             would need more than this is scored in parts, at least one image each.
+        masking: leave out the background as AnomalyDINO does: patches whose first principal component within their
+            image is small. Its threshold is made for the last block of DINOv2.
 
     Raises:
         BundleError: if anomalib is not installed.
@@ -175,8 +185,10 @@ class NearestNeighborPeer(BankPeer):
 
     name = "nearest neighbor"
 
-    def __init__(self, features: nn.Module, patch_size: int = 16, search_bytes: int = 2**31) -> None:
-        super().__init__(_TokenExtractor(features, patch_size), "anomaly_dino", "AnomalyDINOModel")
+    def __init__(
+        self, features: nn.Module, patch_size: int = 16, search_bytes: int = 2**31, masking: bool = False
+    ) -> None:
+        super().__init__(_TokenExtractor(features, patch_size), "anomaly_dino", "AnomalyDINOModel", masking=masking)
         self.patch_size = patch_size
         self.search_bytes = search_bytes
 
@@ -190,6 +202,10 @@ class NearestNeighborPeer(BankPeer):
         parts = images.split(max(1, self.search_bytes // max(1, matrices)))
         maps, scores = zip(*map(super().detect, parts), strict=True)
         return torch.cat(maps), torch.cat(scores)
+
+    def score(self, maps: Tensor) -> Tensor:
+        """The mean of the top 1 % of each map [B, 1, H, W], [B]."""
+        return self.model.mean_top1p(maps.flatten(1)).flatten()
 
 
 class PadimPeer(Peer):
@@ -239,6 +255,10 @@ class PeerDetector(nn.Module):
         detector: whose resizing and features are taken.
         compute: the precision of the features.
         arguments: of the peer.
+        standardize: bring every channel of the features to mean 0 and deviation 1 over healthy images first, as the
+            bundle does and no author of a peer.
+        foreground: from resized images [B, C, H, W] in [0, 1] to patches [B, h, w], 1 in the foreground. Elsewhere the
+            map is 0, the smallest distance; the image score is then that of the map. None: the whole map.
 
     Attributes:
         threshold: of the map, in units of the peer's distance.
@@ -255,14 +275,22 @@ class PeerDetector(nn.Module):
     image_false_positive_rate: Tensor
 
     def __init__(
-        self, peer: str, detector: AnomalyDetector, compute: Compute, arguments: Mapping[str, Any] | None = None
+        self,
+        peer: str,
+        detector: AnomalyDetector,
+        compute: Compute,
+        arguments: Mapping[str, Any] | None = None,
+        standardize: bool = False,
+        foreground: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.kind = check_choice("peer", peer, PEERS)
         self.arguments = dict(arguments or {})
         self.detector = detector
+        self.standardizes = standardize
+        self.foreground = foreground
         try:
-            self.peer: Any = PEERS[peer](_InPrecision(detector, compute), **self.arguments)
+            self.peer: Any = PEERS[peer](PeerFeatures(detector, compute, standardize), **self.arguments)
         except TypeError as error:
             raise BundleError(f"peer_arguments {self.arguments} do not fit {peer}: {error}") from error
         for name in ("threshold", "image_threshold"):
@@ -275,7 +303,11 @@ class PeerDetector(nn.Module):
         return self.detector.resize(image)
 
     def fit(self, batches: Iterable[list[Slice]]) -> None:
-        """Store features of healthy, resized slices."""
+        """Store features of healthy, resized slices; ``batches`` are iterated twice where features are standardized."""
+        if self.standardizes:
+            embeddings = (self.detector.embed(torch.stack([one.image for one in batch])) for batch in batches)
+            mean, covariance = moments(embeddings)
+            self.detector.set_standardization(mean.float(), covariance.diagonal().sqrt().float())
         self.peer.fit(self._normalized(torch.stack([one.image for one in batch])) for batch in batches)
 
     @torch.no_grad()
@@ -290,7 +322,12 @@ class PeerDetector(nn.Module):
     def detect(self, image: Tensor, raw: bool = False) -> Detection:
         """Anomaly map, image score and the map at the size that the backbone sees, of ``image`` [B, C, H, W]."""
         with torch.autocast(image.device.type, enabled=False):
-            maps, scores = self.peer.detect(self._normalized(self.resize(image)))
+            resized = self.resize(image)
+            maps, scores = self.peer.detect(self._normalized(resized))
+            if self.foreground is not None:
+                inside = self.foreground(resized).to(maps.dtype).unsqueeze(1)
+                maps = maps * F.interpolate(inside, maps.shape[-2:], mode="nearest")
+                scores = self.peer.score(maps)
         whole = F.interpolate(maps, image.shape[-2:], mode="bilinear", align_corners=False)
         return Detection(whole, scores, maps[:, 0])
 
@@ -300,13 +337,22 @@ class PeerDetector(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Backbone, hash of its weights, preprocessing and peer."""
         taken = self.detector.density.describe().keys() | SCORE_SETTINGS  # what a peer has not
-        own = {"peer": self.kind, "peer_arguments": self.arguments}
+        own = {
+            "peer": self.kind,
+            "peer_arguments": self.arguments,
+            "peer_standardize": self.standardizes,
+            "peer_foreground": None if self.foreground is None else str(self.foreground),
+        }
         return {key: value for key, value in self.detector.describe().items() if key not in taken} | own
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What is stored, the threshold with its rate, and the identity."""
         calibration = {name: getattr(self, name) for name in CALIBRATION}
-        return {"identity": self.describe(), **calibration, **self.peer.stored}
+        return {"identity": self.describe(), **calibration, **self._standardization(), **self.peer.stored}
+
+    def _standardization(self) -> dict[str, Tensor]:
+        names = ("feature_mean", "feature_std") if self.standardizes else ()
+        return {name: getattr(self.detector, name) for name in names}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
         """Take the state of an earlier :meth:`fit`.
@@ -317,6 +363,8 @@ class PeerDetector(nn.Module):
         refuse_other(state_dict["identity"], self.describe())
         for name in CALIBRATION:
             getattr(self, name).copy_(state_dict[name])
+        for name, tensor in self._standardization().items():
+            tensor.copy_(state_dict[name])
         self.peer.stored = {name: state_dict[name].to(self.threshold.device) for name in self.peer.stored_names}
 
 
@@ -324,17 +372,40 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-class _InPrecision(nn.Module):
-    """The features of ``detector`` in the precision of ``compute``, given in float32."""
+class PeerFeatures(nn.Module):
+    """The features of ``detector`` in the precision of ``compute``, given in float32.
 
-    def __init__(self, detector: AnomalyDetector, compute: Compute) -> None:
+    Args:
+        detector: whose features are taken, in tiles and pooled as its settings say.
+        compute: the precision.
+        standardize: as the detector does, once its standardization was set.
+    """
+
+    def __init__(self, detector: AnomalyDetector, compute: Compute, standardize: bool = False) -> None:
         super().__init__()
         self.detector = detector
         self.compute = compute
+        self.standardizes = standardize
+        self.layers = detector.features.layers
 
     def forward(self, images: Tensor) -> Tensor:
+        """From normalized images [B, 3, H, W] to patch embeddings [B, C, h, w]."""
         with self.compute.autocast():
-            return self.detector.embed_tiles(images).float()
+            embeddings = self.detector.embed_tiles(images).float()
+        return self.detector.standardize(embeddings) if self.standardizes else embeddings
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """The tapped maps of a convolutional backbone, each at its own stride, as they are.
+
+        Raises:
+            BundleError: if the backbone has no stages.
+        """
+        backbone: nn.Module = self.detector.features.backbone
+        if not isinstance(backbone, Stages):
+            name = self.detector.features.backbone_name
+            raise BundleError(f"own_strides is true, but {name} has the same stride everywhere: leave it out")
+        with self.compute.autocast():
+            return [one.float() for one in backbone.maps(images)]
 
 
 class _Extractor(nn.Module):
@@ -342,7 +413,8 @@ class _Extractor(nn.Module):
 
     def __init__(self, features: nn.Module) -> None:
         super().__init__()
-        self.features = features
+        self.features: Any = features
+        self.layers = [LAYER]
 
     @property
     def out_dims(self) -> list[int]:
@@ -352,6 +424,17 @@ class _Extractor(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {LAYER: self.features(images)}
+
+
+class _StageExtractor(_Extractor):
+    """The same of several stages, each at its own stride."""
+
+    def __init__(self, features: Any) -> None:
+        super().__init__(features)
+        self.layers = [f"stage {layer}" for layer in features.layers]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.layers, self.features.stages(images), strict=True))
 
 
 class _TokenExtractor(_Extractor):

@@ -36,13 +36,21 @@ class Stages(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """The joined maps [B, C, H // patch, W // patch] of ``image`` [B, 3, H, W]."""
         grid = [image.shape[-2] // self.patch, image.shape[-1] // self.patch]
+        maps: list[Tensor] = []
+        for index, features in enumerate(self.maps(image)):
+            maps.append(_to_grid(features, self.strides[self.layers[index]], self.patch, grid))
+        return torch.cat(maps, dim=1)
+
+    @torch.jit.export
+    def maps(self, image: Tensor) -> list[Tensor]:
+        """The tapped maps of ``image`` [B, 3, H, W], each at its own stride."""
         features = self.stem(image)
         maps: list[Tensor] = []
         for index, stage in enumerate(self.stages):
             features = stage(features)
             if index in self.layers:
-                maps.append(_to_grid(features, self.strides[index], self.patch, grid))
-        return torch.cat(maps, dim=1)
+                maps.append(features)
+        return maps
 
 
 def _fold_batch_norms(module: nn.Module) -> None:
