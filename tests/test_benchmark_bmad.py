@@ -29,6 +29,7 @@ from scripts.benchmarks.bmad import (
     read_set,
     run_cell,
     set_folders,
+    suits,
 )
 from scripts.benchmarks.cells import last_words, measured
 from scripts.benchmarks.common import METRICS
@@ -298,6 +299,13 @@ def test_the_papers_network_with_our_score_differs_from_the_default_in_network_a
     of_both = {**json.loads((ROOT / "configs/paper.json").read_text())["+model"], **paper["knobs"]}
     for name in ("mode", "kernel_size", "dilations", "hidden_channels", "linear_components"):
         assert mixed["knobs"][name] == of_both[name]
+
+
+def test_methods_for_other_backbones_are_left_out():
+    lite, vit = ({"backbone": name, "weights": "random"} for name in ("efficientnet_lite0", "dinov2_vits14"))
+    peers = ["AnomalyDINO, masking", "Dinomaly", "INP-Former", "SuperADD"]
+    assert [name for name in CONFIG["methods"] if not suits(CONFIG["methods"][name], lite)] == peers
+    assert all(suits(method, vit) for method in CONFIG["methods"].values())
 
 
 def test_knobs_of_the_user_win_over_those_of_the_method_and_these_over_the_set(tmp_path):

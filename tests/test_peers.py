@@ -16,7 +16,8 @@ from bundle.compute import Compute
 from bundle.data.stream import CaseInProgress, Slice
 from bundle.errors import BundleError
 from bundle.networks import FeatureNetwork
-from scripts.benchmarks.peers import NearestNeighborPeer, PadimPeer, PatchCorePeer, PeerDetector
+from scripts.benchmarks.peer_detector import PeerDetector
+from scripts.benchmarks.peers import NearestNeighborPeer, PadimPeer, PatchCorePeer
 
 CHANNELS, SIDE, PATCH = 8, 128, 16
 
@@ -29,6 +30,7 @@ def anomalib():
 @pytest.fixture
 def toy_features():
     network = nn.Sequential(nn.Conv2d(3, CHANNELS, PATCH, PATCH), nn.BatchNorm2d(CHANNELS))
+    network.patch_size = PATCH
     return network.requires_grad_(False).eval()
 
 

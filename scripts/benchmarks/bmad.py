@@ -4,7 +4,8 @@
 
 ``configs/benchmark.json`` says what is compared: sets, protocols and methods, each of which is a list of config files
 and knobs of the bundle; peers too, by ``scripts/benchmarks/peers.json``. A method may be ``like`` another one and hold
-only what differs, and have knobs for backbones whose names begin with a word such as ``efficientnet``. ``seeds`` of a
+only what differs, and have knobs for backbones whose names begin with a word such as ``efficientnet``; with
+``backbones`` it is for no others, and left out where it was not asked for. ``seeds`` of a
 method is how many of those that are asked for it gets, all without it: for one with no chance in it, or a slow one. A
 cell is a method on a set with a seed. Each runs the bundle's own commands in processes of their own
 (:mod:`scripts.benchmarks.cells`), and is not run again while its knobs, the code, the weights and the data are the
@@ -173,6 +174,13 @@ def make_recipe(config: dict[str, Any], method: str, data_set: DataSet, seed: in
     }
 
 
+def suits(method: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether the method is for the backbone that the bundle takes by the knobs that are ``given``."""
+    asked = {**method.get("knobs", {}), **given}
+    backbone = find_backbone(asked.get("backbone", "auto"), asked.get("weights"))
+    return backbone.startswith(tuple(method.get("backbones", [""])))
+
+
 def family_of(method: dict[str, Any], backbone: str) -> dict[str, Any]:
     """Configs and knobs that the method has for backbones of this name alone."""
     return next((method[key] for key in method if backbone.startswith(key)), {})
@@ -199,7 +207,7 @@ def code_fingerprint() -> str:
     )
     digest = hashlib.sha256()
     scripts = ROOT / "scripts/benchmarks"
-    for path in sorted([*(ROOT / "bundle").rglob("*.py"), *configs, *scripts.glob("peers.*"), scripts / "tables.py"]):
+    for path in sorted([*(ROOT / "bundle").rglob("*.py"), *configs, *scripts.glob("*peer*"), scripts / "tables.py"]):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -288,6 +296,8 @@ def benchmark(given: argparse.Namespace) -> dict[str, Any]:
     check_choice("part", given.part, PARTS)
     out = given.out.resolve()
     sets = [read_set(name, folder) for name, folder in find_sets(given.data, config, given.sets).items()]
+    if given.methods is None:
+        methods = {name: method for name, method in methods.items() if suits(method, given.knobs)}
     plan = [
         (data_set, make_recipe(config, name, data_set, seed, given.knobs))
         for data_set in sets

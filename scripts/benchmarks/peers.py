@@ -4,11 +4,6 @@ Sources: Roth et al., 'Towards Total Recall in Industrial Anomaly Detection' (Pa
 'AnomalyDINO: Boosting Patch-based Few-shot Anomaly Detection with DINOv2', arXiv 2405.14529; Defard et al., 'PaDiM: a
 Patch Distribution Modeling Framework for Anomaly Detection and Localization', arXiv 2011.08785; all as anomalib 2.7
 implements them (``anomalib/models/image/patchcore``, ``.../anomaly_dino``, ``.../padim``).
-
-With ``scripts/benchmarks/peers.json`` a peer takes the detector's place in the commands of the bundle:
-
-    python -m monai.bundle run training --peer padim \\
-        --config_file "['configs/train.json','scripts/benchmarks/peers.json']"
 """
 
 from __future__ import annotations
@@ -22,17 +17,12 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bundle.compute import Compute
-from bundle.data.stream import Slice
-from bundle.errors import BundleError, check_choice
+from bundle.errors import BundleError
 from bundle.networks.backbones.stages import Stages
-from bundle.networks.detector import AnomalyDetector, Detection, refuse_other
-from bundle.networks.gaussian import moments
+from bundle.networks.detector import AnomalyDetector
 
-SCORE_SETTINGS = {"standardize", "feature_components", "score_scale", "residual_pooling", "per_position", "image_score"}
-CALIBRATION = ("threshold", "false_positive_rate")
 LAYER = "blocks.11"  # what AnomalyDINO calls its features; PatchCore takes any name
 
 
@@ -46,14 +36,16 @@ class Peer(ABC):
         name: for tables.
         stored_names: the buffers of anomalib's model that are all that :meth:`fit` leaves.
         kept_name: its list of features that waits to be turned into them.
+        extractor_name: what anomalib calls the class that computes its features.
         model: anomalib's torch model.
     """
 
     name: str
     stored_names: tuple[str, ...] = ("memory_bank",)
     kept_name = "embedding_store"
+    extractor_name = "TimmFeatureExtractor"
 
-    def __init__(self, extractor: _Extractor, package: str, model_class: str, **arguments: Any) -> None:
+    def __init__(self, extractor: nn.Module, package: str, model_class: str, **arguments: Any) -> None:
         try:
             module = import_module(f"anomalib.models.image.{package}.torch_model")
         except ImportError as error:
@@ -62,7 +54,7 @@ class Peer(ABC):
             ) from error
         self._extractor = extractor
         # the constructors make a timm network by its name, AnomalyDINO's with weights from the hub, and take no other
-        with patch.object(module, "TimmFeatureExtractor", return_value=extractor):
+        with patch.object(module, self.extractor_name, return_value=extractor):
             self.model: Any = getattr(module, model_class)(**arguments)
 
     def fit(self, images: Iterable[Tensor]) -> None:
@@ -81,7 +73,7 @@ class Peer(ABC):
             self.model.to(batch.device)(batch)
         if not kept:
             raise BundleError(f"{self.name} has no healthy image to store: give at least one")
-        return _bytes(kept)
+        return bytes_of(kept)
 
     @abstractmethod
     def _fill_bank(self) -> None:
@@ -94,7 +86,8 @@ class Peer(ABC):
         Raises:
             BundleError: before :meth:`fit`.
         """
-        if not all(tensor.numel() for tensor in self.stored.values()):
+        stored = self.stored
+        if not stored or not all(tensor.numel() for tensor in stored.values()):
             raise BundleError(f"{self.name} has nothing stored: call fit with healthy images first")
         found = self.model.eval()(images)
         return found.anomaly_map, found.pred_score.flatten()
@@ -118,7 +111,7 @@ class Peer(ABC):
     @property
     def stored_bytes(self) -> int:
         """Size of what is stored."""
-        return _bytes(self.stored.values())
+        return bytes_of(self.stored.values())
 
 
 class BankPeer(Peer):
@@ -173,7 +166,7 @@ class NearestNeighborPeer(BankPeer):
 
     Args:
         features: from normalized images [B, 3, H, W] to patch embeddings [B, C, H // patch_size, W // patch_size].
-        patch_size: stride of the features, in pixels.
+        patch_size: stride of the features, in pixels; None: what ``features`` say themselves.
         search_bytes: anomalib holds three matrices of all patches of a batch times all stored features; a batch that
             would need more than this is scored in parts, at least one image each.
         masking: leave out the background as AnomalyDINO does: patches whose first principal component within their
@@ -186,14 +179,17 @@ class NearestNeighborPeer(BankPeer):
     name = "nearest neighbor"
 
     def __init__(
-        self, features: nn.Module, patch_size: int = 16, search_bytes: int = 2**31, masking: bool = False
+        self, features: Any, patch_size: int | None = None, search_bytes: int = 2**31, masking: bool = False
     ) -> None:
+        patch_size = patch_size or features.patch_size
         super().__init__(_TokenExtractor(features, patch_size), "anomaly_dino", "AnomalyDINOModel", masking=masking)
         self.patch_size = patch_size
         self.search_bytes = search_bytes
 
     def _fill_bank(self) -> None:
         self.model.fit()
+        if not self.memory_bank.numel():
+            raise BundleError("masking is true, but finds no foreground in these features: leave it out")
 
     def detect(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Anomaly map [B, 1, H, W] and image score [B] of ``images`` [B, 3, H, W], normalized; distances in [0, 2]."""
@@ -241,134 +237,8 @@ class PadimPeer(Peer):
         self.model.fit()
 
 
-PEERS = {"patchcore": PatchCorePeer, "padim": PadimPeer, "nearest_neighbor": NearestNeighborPeer}
-
-
-class PeerDetector(nn.Module):
-    """A peer in the place of the bundle's detector, for its evaluation engine, checkpoints and reports.
-
-    It resizes and normalizes as the detector does and computes the features in the same precision; distances are
-    computed in 32 bits.
-
-    Args:
-        peer: a key of :data:`PEERS`.
-        detector: whose resizing and features are taken.
-        compute: the precision of the features.
-        arguments: of the peer.
-        standardize: bring every channel of the features to mean 0 and deviation 1 over healthy images first, as the
-            bundle does and no author of a peer.
-        foreground: from resized images [B, C, H, W] in [0, 1] to patches [B, h, w], 1 in the foreground. Elsewhere the
-            map is 0, the smallest distance; the image score is then that of the map. None: the whole map.
-
-    Attributes:
-        threshold: of the map, in units of the peer's distance.
-        false_positive_rate: the share of healthy pixels that was wanted above it.
-        image_threshold, image_false_positive_rate: infinite, and not a number: peers have none.
-
-    Raises:
-        BundleError: if the peer or an argument of it is unknown, or anomalib is not installed.
-    """
-
-    threshold: Tensor
-    false_positive_rate: Tensor
-    image_threshold: Tensor
-    image_false_positive_rate: Tensor
-
-    def __init__(
-        self,
-        peer: str,
-        detector: AnomalyDetector,
-        compute: Compute,
-        arguments: Mapping[str, Any] | None = None,
-        standardize: bool = False,
-        foreground: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.kind = check_choice("peer", peer, PEERS)
-        self.arguments = dict(arguments or {})
-        self.detector = detector
-        self.standardizes = standardize
-        self.foreground = foreground
-        try:
-            self.peer: Any = PEERS[peer](PeerFeatures(detector, compute, standardize), **self.arguments)
-        except TypeError as error:
-            raise BundleError(f"peer_arguments {self.arguments} do not fit {peer}: {error}") from error
-        for name in ("threshold", "image_threshold"):
-            self.register_buffer(name, torch.full((), float("inf")))
-        for name in ("false_positive_rate", "image_false_positive_rate"):
-            self.register_buffer(name, torch.full((), float("nan"), dtype=torch.float64))
-
-    def resize(self, image: Tensor) -> Tensor:
-        """Bring ``image`` [B, C, H, W] to the size that the backbone sees."""
-        return self.detector.resize(image)
-
-    def fit(self, batches: Iterable[list[Slice]]) -> None:
-        """Store features of healthy, resized slices; ``batches`` are iterated twice where features are standardized."""
-        if self.standardizes:
-            embeddings = (self.detector.embed(torch.stack([one.image for one in batch])) for batch in batches)
-            mean, covariance = moments(embeddings)
-            self.detector.set_standardization(mean.float(), covariance.diagonal().sqrt().float())
-        self.peer.fit(self._normalized(torch.stack([one.image for one in batch])) for batch in batches)
-
-    @torch.no_grad()
-    def set_threshold(self, batches: Iterable[list[Slice]], false_positive_rate: float) -> None:
-        """Take the value that the share ``false_positive_rate`` of healthy pixels exceeds, one pixel of each patch."""
-        stride = self.detector.features.patch_size
-        maps = [self.detect(torch.stack([one.image for one in batch])).patch_map for batch in batches]
-        values = torch.cat([map_[:, ::stride, ::stride].flatten().cpu() for map_ in maps])
-        self.threshold.copy_(values.kthvalue(max(1, round((1 - false_positive_rate) * len(values)))).values)
-        self.false_positive_rate.fill_(false_positive_rate)
-
-    def detect(self, image: Tensor, raw: bool = False) -> Detection:
-        """Anomaly map, image score and the map at the size that the backbone sees, of ``image`` [B, C, H, W]."""
-        with torch.autocast(image.device.type, enabled=False):
-            resized = self.resize(image)
-            maps, scores = self.peer.detect(self._normalized(resized))
-            if self.foreground is not None:
-                inside = self.foreground(resized).to(maps.dtype).unsqueeze(1)
-                maps = maps * F.interpolate(inside, maps.shape[-2:], mode="nearest")
-                scores = self.peer.score(maps)
-        whole = F.interpolate(maps, image.shape[-2:], mode="bilinear", align_corners=False)
-        return Detection(whole, scores, maps[:, 0])
-
-    def _normalized(self, image: Tensor) -> Tensor:
-        return self.detector.features.normalize(image)
-
-    def describe(self) -> dict[str, Any]:
-        """Backbone, hash of its weights, preprocessing and peer."""
-        taken = self.detector.density.describe().keys() | SCORE_SETTINGS  # what a peer has not
-        own = {
-            "peer": self.kind,
-            "peer_arguments": self.arguments,
-            "peer_standardize": self.standardizes,
-            "peer_foreground": None if self.foreground is None else str(self.foreground),
-        }
-        return {key: value for key, value in self.detector.describe().items() if key not in taken} | own
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What is stored, the threshold with its rate, and the identity."""
-        calibration = {name: getattr(self, name) for name in CALIBRATION}
-        return {"identity": self.describe(), **calibration, **self._standardization(), **self.peer.stored}
-
-    def _standardization(self) -> dict[str, Tensor]:
-        names = ("feature_mean", "feature_std") if self.standardizes else ()
-        return {name: getattr(self.detector, name) for name in names}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
-        """Take the state of an earlier :meth:`fit`.
-
-        Raises:
-            BundleError: if it is of another backbone, preprocessing or peer.
-        """
-        refuse_other(state_dict["identity"], self.describe())
-        for name in CALIBRATION:
-            getattr(self, name).copy_(state_dict[name])
-        for name, tensor in self._standardization().items():
-            tensor.copy_(state_dict[name])
-        self.peer.stored = {name: state_dict[name].to(self.threshold.device) for name in self.peer.stored_names}
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all ``tensors``."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -387,6 +257,7 @@ class PeerFeatures(nn.Module):
         self.compute = compute
         self.standardizes = standardize
         self.layers = detector.features.layers
+        self.patch_size = detector.features.patch_size
 
     def forward(self, images: Tensor) -> Tensor:
         """From normalized images [B, 3, H, W] to patch embeddings [B, C, h, w]."""
