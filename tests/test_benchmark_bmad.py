@@ -395,6 +395,7 @@ def test_a_set_with_image_labels_only_has_dashes_for_pixels(tmp_path):
         "reference": "ours",
         "part": "all",
         "draws": 1000,
+        "patient_pattern": None,
         "published": CONFIG["published"],
         "methods": {name: CONFIG["methods"][name] for name in cells},
         "sets": {"Chest": {**data, "images": {"training": 1, "validation": 1, "test": 1}}},

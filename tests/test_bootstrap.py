@@ -11,7 +11,7 @@ from bundle.errors import BundleError
 from bundle.metrics import AnomalyMetric, AnomalyMetrics
 from scripts.benchmarks.bootstrap import compare, draw, evaluate
 from scripts.benchmarks.common import METRICS
-from scripts.benchmarks.tables import PARTS, ImageTables, TabledMetric, part_of
+from scripts.benchmarks.tables import PARTS, ImageTables, TabledMetric, part_of, patient_of
 from scripts.benchmarks.words import difference_words
 
 SIDE = 96
@@ -81,6 +81,47 @@ def test_a_draw_holds_as_many_healthy_and_anomalous_images_as_there_are():
     assert (counts[:, ~labels].sum(axis=1) == 22).all()
     assert 0 in counts[1:] and counts.max() > 2
     np.testing.assert_array_equal(counts, draw(labels, 200))
+
+
+def test_images_of_a_patient_are_drawn_together_and_patients_with_a_lesion_apart():
+    patients = [f"p{index // 4}" for index in range(40)]
+    labels = np.arange(40) >= 30  # p7 has healthy and anomalous images
+    counts = draw(labels, 200, patients)
+    by_patient = counts.reshape(len(counts), 10, 4)
+    assert (by_patient == by_patient[..., :1]).all()
+    assert (by_patient[:, :7, 0].sum(axis=1) == 7).all()
+    assert (by_patient[:, 7:, 0].sum(axis=1) == 3).all()
+
+
+def test_copies_of_an_image_make_intervals_no_narrower_where_the_patient_is_known(tmp_path):
+    metric = TabledMetric(tmp_path / "tables.npz", threshold=1.0)
+    for copy in range(4):
+        images = [test_image(seed) for seed in range(40)]
+        batch = [{"name": f"patient_{seed:02}_slice_{copy}"} for seed in range(40)]
+        output = [list(one) for one in zip(*images, strict=True)]
+        metric.iteration_completed(SimpleNamespace(state=SimpleNamespace(output=output, batch=batch)))
+    metric.compute()
+    paths = {"ours": [tmp_path / "tables.npz"]}
+    by_image, by_patient = (
+        compare(paths, "ours", "all", patient_pattern=pattern)["rows"]["ours"]["pixel_ap"]["interval"]
+        for pattern in (None, r"patient_(\d+)")
+    )
+    assert np.diff(by_patient) > 1.6 * np.diff(by_image)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "patient"),
+    [(None, "good/p12_s3"), (r"p(\d+)_", "12"), (r"p\d+", "p12"), ("nobody", "good/p12_s3")],
+)
+def test_the_pattern_finds_the_patient_in_a_name(pattern, patient):
+    assert patient_of("good/p12_s3", pattern) == patient
+
+
+def test_all_images_of_a_patient_are_in_the_same_half(tmp_path):
+    tables = ImageTables.read(tables_in(tmp_path)[0])
+    patients = [{name[-1] for name in tables.part(part, r"\d$").names} for part in ("report", "development")]
+    assert patients[0] | patients[1] == set("0123456789")
+    assert not patients[0] & patients[1]
 
 
 def test_the_interval_holds_the_value_and_shrinks_with_more_images(tmp_path):

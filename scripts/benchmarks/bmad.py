@@ -345,6 +345,7 @@ def benchmark(given: argparse.Namespace) -> dict[str, Any]:
         "reference": config["reference"],
         "part": given.part,
         "draws": given.draws,
+        "patient_pattern": given.patient_pattern,
         "published": config["published"],
         "methods": {name: config["methods"][name] for name in methods},
         "sets": results,
@@ -357,7 +358,7 @@ def compare_cells(
 ) -> dict[str, Any]:
     """Accuracy with intervals of the measured cells of a set, see :func:`scripts.benchmarks.bootstrap.compare`."""
     tables = {name: [tables_of(Path(cell["folder"]), protocol) for cell in cells] for name, cells in methods.items()}
-    return compare(tables, reference, given.part, given.draws)
+    return compare(tables, reference, given.part, given.draws, given.patient_pattern)
 
 
 def describe_set(data_set: DataSet, config: dict[str, Any]) -> dict[str, Any]:
@@ -423,6 +424,14 @@ def knobs_of(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"no JSON object ({error}): give '{{\"max_epochs\": 5}}'") from error
 
 
+def pattern_of(text: str) -> str:
+    """A regular expression from the command line."""
+    try:
+        return re.compile(text).pattern
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"no regular expression ({error}): give 'patient_([0-9]+)'") from error
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -436,6 +445,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--knobs", type=knobs_of, default={}, metavar="JSON", help="knobs of the bundle for all methods")
     add("--config", type=Path, default=ROOT / "configs/benchmark.json", help="sets, protocols and methods")
     add("--part", default=PARTS[0], metavar="NAME", help="of the test images: report (the default), development or all")
+    add(
+        "--patient_pattern",
+        type=pattern_of,
+        metavar="REGEX",
+        help="its first group is the patient in the name of a test image; default: each image is another one",
+    )
     add("--draws", type=int, default=DRAWS, metavar="N", help=f"of the bootstrap over test images; default: {DRAWS}")
     add(
         "--jobs",

@@ -1,8 +1,9 @@
 """How sure a number is, given that the test images are a sample: a paired bootstrap over them.
 
-Test images are drawn with replacement, healthy and anomalous ones apart, so many of each as there are. All methods see
-the same draws. Within a draw the seeds of a method are averaged. The 95 % interval lies between the 2.5th and the
-97.5th percentile of the draws. Source: Efron and Tibshirani, 'An Introduction to the Bootstrap', chapters 8 and 13.
+Test images are drawn with replacement, healthy and anomalous ones apart, so many of each as there are; where it is
+known who is on them, patients are drawn, with all of their images. All methods see the same draws. Within a draw the
+seeds of a method are averaged. The 95 % interval lies between the 2.5th and the 97.5th percentile of the draws. Source:
+Efron and Tibshirani, 'An Introduction to the Bootstrap', chapters 8 and 13.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from bundle.errors import BundleError
 from scripts.benchmarks.common import METRICS
-from scripts.benchmarks.tables import ImageTables
+from scripts.benchmarks.tables import ImageTables, patient_of
 
 DRAWS = 1000
 CHUNK = 250  # draws whose curves are in memory together
@@ -26,7 +27,11 @@ Values = dict[str, NDArray[np.float64]]
 
 
 def compare(
-    methods: Mapping[str, Sequence[Path]], reference: str, part: str = "report", draws: int = DRAWS
+    methods: Mapping[str, Sequence[Path]],
+    reference: str,
+    part: str = "report",
+    draws: int = DRAWS,
+    patient_pattern: str | None = None,
 ) -> dict[str, Any]:
     """The metrics of all methods on a part of the test split, and what each is ahead of the reference.
 
@@ -35,6 +40,7 @@ def compare(
         reference: the method that the others are compared with; if it is absent, nothing is compared.
         part: of the test split, see :func:`~scripts.benchmarks.tables.part_of`.
         draws: of the bootstrap.
+        patient_pattern: see :func:`~scripts.benchmarks.tables.patient_of`.
 
     Returns:
         ``images``, how many are healthy and anomalous; ``rows``, by method and metric: ``seeds``, the value of each;
@@ -47,11 +53,12 @@ def compare(
     drawn: dict[str, list[Values]] = {}
     first: ImageTables | None = None
     for method, path in [(method, path) for method, paths in methods.items() for path in paths]:
-        tables = ImageTables.read(path).part(part)
+        tables = ImageTables.read(path).part(part, patient_pattern)
         first = first or tables
         if not np.array_equal(tables.names, first.names):
             raise BundleError(f"'{path}' is of other test images than those before it: measure its cell again")
-        drawn.setdefault(method, []).append(_in_chunks(tables, draw(tables.labels, draws)))
+        patients = [patient_of(name, patient_pattern) for name in tables.names]
+        drawn.setdefault(method, []).append(_in_chunks(tables, draw(tables.labels, draws, patients)))
     rows = {
         method: {metric: _row(seeds, drawn.get(reference, []), metric) for metric in METRICS}
         for method, seeds in drawn.items()
@@ -60,18 +67,24 @@ def compare(
     return {"images": {"healthy": healthy, "anomalous": anomalous}, "rows": rows}
 
 
-def draw(labels: NDArray[np.bool_], draws: int) -> NDArray[np.float32]:
+def draw(labels: NDArray[np.bool_], draws: int, patients: Sequence[str] | None = None) -> NDArray[np.float32]:
     """How often each of N images is in a test set, [1 + draws, N]: once in the first; then as it is drawn.
 
-    Images are drawn with replacement, as many of each label as there are, always the same ones.
+    Args:
+        labels: [N], True is anomalous.
+        draws: of the bootstrap, always the same ones.
+        patients: [N], who is on each image; None: each is another one. They are drawn with replacement, as many healthy
+            ones as there are, and as many who have an anomalous image.
     """
     random = np.random.default_rng(0)
-    counts = np.ones((1 + draws, len(labels)), np.float32)
+    _, unit = np.unique(np.arange(len(labels)) if patients is None else np.array(patients, str), return_inverse=True)
+    anomalous = np.bincount(unit, labels) > 0
+    counts = np.ones((1 + draws, len(anomalous)), np.float32)
     for label in (False, True):
-        (rows,) = np.nonzero(labels == label)
+        (rows,) = np.nonzero(anomalous == label)
         if rows.size:
             counts[1:, rows] = random.multinomial(rows.size, np.full(rows.size, 1 / rows.size), size=draws)
-    return counts
+    return counts[:, unit]
 
 
 def evaluate(tables: ImageTables, weights: NDArray[np.float32]) -> Values:

@@ -211,13 +211,16 @@ def legend(results: dict[str, Any]) -> list[str]:
         for cell in chain.from_iterable(one["cells"].values())
         if cell.get("threads")
     }
+    pattern = results["patient_pattern"]
+    drawn = f"patients with all of their images, by `{pattern}`" if pattern else "each image as another patient"
     lines = [
         "## What was measured",
         "",
         "- Accuracy in %, mean ± deviation over the seeds where there are several; all test pixels pooled; AUPRO up to "
         "a false positive rate of 0.3; '-': not defined, as pixel metrics without masks.",
         f"- [from, to]: 95 % interval over test images, by {results['draws']} draws with replacement, healthy and "
-        "anomalous ones apart, the same draws for all methods. **undecided**: the interval of a difference holds 0.",
+        f"anomalous ones apart, {drawn}, the same draws for all methods. **undecided**: the interval of a difference "
+        "holds 0.",
         f"- ms per image: {timed}.",
         "- peak memory: the most that the process which fits and scores under the first protocol holds resident, "
         "imports included. The feature cache counts while its files are mapped; it is shared, so that densities which "

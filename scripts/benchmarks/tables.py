@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
@@ -67,18 +68,20 @@ class ImageTables:
             arrays: dict[str, Any] = {one.name: np.asarray(getattr(self, one.name)) for one in fields(self)}
             np.savez_compressed(file, **arrays)
 
-    def part(self, name: str) -> Self:
+    def part(self, name: str, patient_pattern: str | None = None) -> Self:
         """The images of a part of the test split, see :func:`part_of`, in the order of their names.
 
         Args:
             name: one of :data:`PARTS`.
+            patient_pattern: see :func:`patient_of`; all images of a patient are in the same part.
 
         Raises:
             BundleError: if there is no such part.
         """
         check_choice("part", name, PARTS)
         order = np.argsort(self.names, kind="stable")
-        chosen = order[np.array([name in ("all", part_of(image)) for image in self.names[order]], bool)]
+        patients = [patient_of(image, patient_pattern) for image in self.names[order]]
+        chosen = order[np.array([name in ("all", part_of(patient)) for patient in patients], bool)]
         rows = ("names", "labels", "scores", "healthy", "lesion", "overlap")
         return replace(self, **{row: getattr(self, row)[chosen] for row in rows})
 
@@ -93,6 +96,15 @@ def part_of(name: str) -> str:
     """
     digest = hashlib.sha256(PurePosixPath(name).name.encode()).digest()
     return PARTS[digest[0] % 2]
+
+
+def patient_of(name: str, pattern: str | None = None) -> str:
+    """Who is on an image: what the first group of the regular expression, or all of it, finds in the name.
+
+    The image stands for itself where there is no ``pattern``, or the pattern finds nothing.
+    """
+    found = re.search(pattern, name) if pattern else None
+    return (found.group(1) if found.re.groups else found.group()) if found else name
 
 
 class TabledMetric(AnomalyMetric):
