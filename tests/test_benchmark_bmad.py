@@ -29,12 +29,16 @@ from scripts.benchmarks.bmad import (
     read_set,
     run_cell,
     set_folders,
+    suits,
 )
 from scripts.benchmarks.cells import last_words, measured
-from scripts.benchmarks.report import REFERENCE, differs_from_bmad, label_points, summarize, write_report
+from scripts.benchmarks.common import METRICS
+from scripts.benchmarks.figures import REFERENCE, label_points
+from scripts.benchmarks.report import differs_from_bmad, summarize, write_report
 
 ROOT = Path(__file__).parents[1]
 CONFIG = load_config(ROOT / "configs/benchmark.json")
+PAPER = "paper's architecture on our features"
 KNOBS = {"backbone": "efficientnet_lite0", "image_size": 64, "hidden_channels": 8, "max_epochs": 1, "device": "cpu"}
 SPELLINGS = [(name, folder) for name, one in CONFIG["sets"].items() for folder in one["folders"]]
 
@@ -77,7 +81,7 @@ def measured_run(tmp_path_factory):
     pytest.importorskip("anomalib", reason='pip install -e ".[benchmark]"')
     folder = tmp_path_factory.mktemp("bmad")
     tiny_set(folder / "data/Brain_AD/BraTS2021_slice")
-    words = ["--methods", "ours", "PaDiM", "--protocols", "native"]
+    words = ["--methods", "ours", "PaDiM", "--protocols", "native", "--part", "all"]
     here = Path.cwd()
     os.chdir(ROOT)
     try:
@@ -106,6 +110,21 @@ def test_both_methods_are_measured_alike(measured_run):
     assert "python -m scripts.benchmarks.bmad" in page
 
 
+def test_numbers_from_the_tables_of_all_images_are_those_of_the_bundle(measured_run):
+    results = measured_run[1]
+    for row in results["sets"]["Brain"]["rows"]:
+        for metric in METRICS:
+            assert row["accuracy"]["native"][metric][0] == pytest.approx(row["whole"]["native"][metric][0], abs=1e-4)
+
+
+def test_the_page_says_how_sure_each_number_and_each_difference_is(measured_run):
+    page = measured_run[2]
+    assert "Reported on **all** test images, 2 healthy and 2 anomalous" in page
+    assert "Ahead of **ours**, in points, on the same draws of test images:" in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| PaDiM | native") and "+" in line]
+    assert row.count("[") == len(METRICS)
+
+
 def test_page_numbers_and_figures_are_written(measured_run):
     out = measured_run[0] / "out"
     assert (out / "benchmark.md").read_text() == measured_run[2]
@@ -127,7 +146,7 @@ def test_published_rows_stand_beside_the_measured_ones(measured_run):
 def test_a_second_run_measures_nothing_again(measured_run):
     folder, results, _ = measured_run
     before = times_of(folder / "out/cells")
-    words = ["--methods", "ours", "PaDiM", "--protocols", "native"]
+    words = ["--methods", "ours", "PaDiM", "--protocols", "native", "--part", "all"]
     again = benchmark(arguments(folder / "data", folder / "out", *words))
     assert times_of(folder / "out/cells") == before
     assert again["sets"]["Brain"]["times"] == results["sets"]["Brain"]["times"]
@@ -247,6 +266,7 @@ def test_two_folders_of_one_set_are_refused(tmp_path):
             ["--knobs", json.dumps({**KNOBS, "max_epoch": 1}), "--methods", "ours"],
             "knob --max_epoch is unknown: did you mean 'max_epochs'",
         ),
+        (["--part", "reports"], "part 'reports' is unknown: did you mean 'report'"),
         (["--config", "pyproject.toml"], "cannot read --config 'pyproject.toml'"),
     ],
 )
@@ -258,12 +278,34 @@ def test_what_is_misspelled_is_refused_with_the_closest_name(tmp_path, words, me
 def test_the_paper_is_its_overlay_and_smaller_on_efficientnet(tmp_path):
     data_set = read_set("RESC", tiny_set(tmp_path / "RESC"))
     dinov3 = {"backbone": "dinov3_vits16", "weights": "random"}
-    paper = make_recipe(CONFIG, "paper, dilated", data_set, 0, dinov3)
+    paper = make_recipe(CONFIG, f"{PAPER}, dilated", data_set, 0, dinov3)
     assert paper["configs"] == ["configs/paper.json"]
     assert paper["knobs"] == {**dinov3, "dilations": [4] * 5}
-    small = make_recipe(CONFIG, "paper, dilated", data_set, 0, {"backbone": "efficientnet_lite0"})
+    small = make_recipe(CONFIG, f"{PAPER}, dilated", data_set, 0, {"backbone": "efficientnet_lite0"})
     assert small["configs"] == ["configs/paper.json"]
     assert (small["knobs"]["hidden_channels"], small["knobs"]["image_size"]) == (128, 320)
+
+
+@pytest.mark.parametrize("network", ["standard", "dilated"])
+def test_the_papers_network_with_our_score_differs_from_the_default_in_network_and_training_alone(tmp_path, network):
+    data_set = read_set("Camelyon16", tiny_set(tmp_path / "Camelyon16"))
+    ours = make_recipe(CONFIG, "ours", data_set, 0, {"backbone": "efficientnet_lite0"})
+    paper = make_recipe(CONFIG, f"{PAPER}, {network}", data_set, 0, {"backbone": "efficientnet_lite0"})
+    mixed = make_recipe(CONFIG, f"{PAPER}, {network}, our score", data_set, 0, {"backbone": "efficientnet_lite0"})
+    assert mixed["configs"] == ours["configs"] == []
+    assert mixed["knobs"]["per_position"] is ours["knobs"]["per_position"] is False
+    added = mixed["knobs"].keys() - ours["knobs"].keys()
+    assert not added & {"covariance", "score_scale", "residual_pooling", "image_score", "standardize"}
+    of_both = {**json.loads((ROOT / "configs/paper.json").read_text())["+model"], **paper["knobs"]}
+    for name in ("mode", "kernel_size", "dilations", "hidden_channels", "linear_components"):
+        assert mixed["knobs"][name] == of_both[name]
+
+
+def test_methods_for_other_backbones_are_left_out():
+    lite, vit = ({"backbone": name, "weights": "random"} for name in ("efficientnet_lite0", "dinov2_vits14"))
+    peers = ["AnomalyDINO, masking", "Dinomaly", "INP-Former", "SuperADD"]
+    assert [name for name in CONFIG["methods"] if not suits(CONFIG["methods"][name], lite)] == peers
+    assert all(suits(method, vit) for method in CONFIG["methods"].values())
 
 
 def test_knobs_of_the_user_win_over_those_of_the_method_and_these_over_the_set(tmp_path):
@@ -280,8 +322,8 @@ def test_knobs_of_the_user_win_over_those_of_the_method_and_these_over_the_set(t
 
 
 def test_a_method_that_is_like_another_has_its_knobs_and_its_own():
-    dilated, pooled = (CONFIG["methods"][f"paper, dilated{words}"] for words in ("", ", pooled embeddings"))
-    assert dilated["efficientnet"] == CONFIG["methods"]["paper, standard"]["efficientnet"]
+    dilated, pooled = (CONFIG["methods"][f"{PAPER}, dilated{words}"] for words in ("", ", pooled embeddings"))
+    assert dilated["efficientnet"] == CONFIG["methods"][f"{PAPER}, standard"]["efficientnet"]
     assert dilated["configs"] == pooled["configs"] == ["configs/paper.json"]
     assert pooled["knobs"] == {"dilations": [4] * 5, "feature_pooling": 3}
     assert dilated["published"] == "the paper, dilated"
@@ -301,6 +343,28 @@ def test_ablations_of_stages_know_every_backbone_and_reach_its_last_blocks(backb
     assert depth / 2 < max(layers) < depth
 
 
+def compared(cells):
+    """What the comparison says of cells that were not measured."""
+    rows = {
+        name: {
+            metric: {
+                "seeds": [one["protocols"]["native"][metric] for one in seeds],
+                "interval": [0.4, 0.9] if seeds[0]["protocols"]["native"][metric] else None,
+                "difference": None,
+            }
+            for metric in METRICS
+        }
+        for name, seeds in cells.items()
+    }
+    return {"native": {"images": {"healthy": 3, "anomalous": 4}, "rows": rows}}
+
+
+@pytest.fixture
+def without_times_and_tables(monkeypatch):
+    monkeypatch.setattr("scripts.benchmarks.bmad.run_times", lambda *_: None)
+    monkeypatch.setattr("scripts.benchmarks.bmad.compare_cells", lambda *_: {})
+
+
 def cell(method, seed, pixel=0.9, image=0.8):
     values = {"pixel_auroc": pixel, "pixel_ap": pixel, "aupro": pixel, "image_auroc": image, "image_ap": image}
     recipe = {"method": method, "seed": seed, "configs": [], "knobs": {"max_epochs": 1}}
@@ -309,8 +373,9 @@ def cell(method, seed, pixel=0.9, image=0.8):
 
 
 def test_seeds_become_mean_and_deviation():
-    data_set = {"times": {"seconds": {"ours": [0.02, 0.04, 0.03], "PaDiM": [0.04, 0.08, 0.09]}}}
-    row = summarize("PaDiM", [cell("PaDiM", 0, pixel=0.5), cell("PaDiM", 1, pixel=0.7)], data_set, "ours")
+    cells = [cell("PaDiM", 0, pixel=0.5), cell("PaDiM", 1, pixel=0.7)]
+    times = {"seconds": {"ours": [0.02, 0.04, 0.03], "PaDiM": [0.04, 0.08, 0.09]}}
+    row = summarize("PaDiM", cells, {"times": times, "compared": compared({"PaDiM": cells})}, "ours")
     assert row["accuracy"]["native"]["pixel_ap"] == pytest.approx([0.6, 0.1414], abs=1e-4)
     assert (row["ms"], row["times_reference"]) == pytest.approx((80, 2))
 
@@ -320,6 +385,7 @@ def test_a_set_with_image_labels_only_has_dashes_for_pixels(tmp_path):
     seconds = {"ours": [0.02], "PaDiM": [0.03]}
     times = {"seconds": seconds, "images": 2, "threads": 1, "recipe": {"batch_size": 2, "repeats": 1}}
     data = {"title": "RSNA", "data": "Chest", "synthetic": False, "expected": None, "cells": cells, "times": times}
+    data["compared"] = compared(cells)
     results = {
         "command": "python -m scripts.benchmarks.bmad",
         "date": "2026-01-01",
@@ -327,13 +393,17 @@ def test_a_set_with_image_labels_only_has_dashes_for_pixels(tmp_path):
         "machine": "a machine",
         "protocols": {"native": {"evaluation_size": None, "mask_rule": ">0"}},
         "reference": "ours",
+        "part": "all",
+        "draws": 1000,
+        "patient_pattern": None,
         "published": CONFIG["published"],
         "methods": {name: CONFIG["methods"][name] for name in cells},
         "sets": {"Chest": {**data, "images": {"training": 1, "validation": 1, "test": 1}}},
         "failed": {"Chest, PatchCore, seed 0": "no weights"},
     }
     page = write_report(results, tmp_path)
-    assert "| ours | native size, mask `>0` | - | - | - | 80.00 ± 0.00 | 80.00 ± 0.00 | 20 | 1 |" in page
+    image = "80.00 ± 0.00 [40.0, 90.0]"
+    assert f"| ours | native size, mask `>0` | - | - | - | {image} | {image} | 20 | 1 |" in page
     assert "Beside the published numbers" not in page
     assert "- Chest, PatchCore, seed 0: no weights" in page
     assert (tmp_path / "benchmark_bars.png").is_file()
@@ -370,14 +440,13 @@ def test_a_failing_command_says_why(tmp_path):
     assert last_words(log) == "it ended without a word"
 
 
-def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
+def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch, without_times_and_tables):
     def fail(folder, recipe, *_):
         if recipe["seed"] == 0:
             raise BundleError("out of memory")
         return {**cell("ours", 1), "recipe": recipe}
 
     monkeypatch.setattr("scripts.benchmarks.bmad.run_cell", fail)
-    monkeypatch.setattr("scripts.benchmarks.bmad.run_times", lambda *_: None)
     data = tiny_set(tmp_path / "set")
     words = ["--methods", "ours", "--seeds", "0", "1", "--protocols", "native"]
     results = benchmark(arguments(data, tmp_path / "out", *words))
@@ -385,11 +454,10 @@ def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
     assert len(results["sets"]["set"]["cells"]["ours"]) == 1
 
 
-def test_a_method_may_ask_for_fewer_seeds(tmp_path, monkeypatch):
+def test_a_method_may_ask_for_fewer_seeds(tmp_path, monkeypatch, without_times_and_tables):
     monkeypatch.setattr(
         "scripts.benchmarks.bmad.run_cell", lambda folder, recipe, *_: {**cell("", recipe["seed"]), "recipe": recipe}
     )
-    monkeypatch.setattr("scripts.benchmarks.bmad.run_times", lambda *_: None)
     data = tiny_set(tmp_path / "set")
     words = ["--methods", "ours", "nearest neighbor", "--seeds", "4", "5", "6", "--protocols", "native"]
     cells = benchmark(arguments(data, tmp_path / "out", *words))["sets"]["set"]["cells"]
@@ -399,7 +467,7 @@ def test_a_method_may_ask_for_fewer_seeds(tmp_path, monkeypatch):
     }
 
 
-def test_several_cells_run_at_once_and_come_back_in_order(tmp_path, monkeypatch):
+def test_several_cells_run_at_once_and_come_back_in_order(tmp_path, monkeypatch, without_times_and_tables):
     both_run = Barrier(2)
 
     def together(folder, recipe, *_):
@@ -407,7 +475,6 @@ def test_several_cells_run_at_once_and_come_back_in_order(tmp_path, monkeypatch)
         return {**cell("ours", recipe["seed"]), "recipe": recipe}
 
     monkeypatch.setattr("scripts.benchmarks.bmad.run_cell", together)
-    monkeypatch.setattr("scripts.benchmarks.bmad.run_times", lambda *_: None)
     data = tiny_set(tmp_path / "set")
     words = ["--methods", "ours", "--seeds", "2", "0", "1", "3", "--protocols", "native", "--jobs", "2"]
     results = benchmark(arguments(data, tmp_path / "out", *words))

@@ -334,6 +334,18 @@ def close(first, second, tolerance):
     )
 
 
+@pytest.mark.parametrize("mode", ["zero", "position"])
+def test_a_mode_with_nothing_to_learn_is_calibrated_and_scored_as_others(cohort, tmp_path, mode):
+    knobs = {"mode": mode, "linear_components": 0, "max_epochs": 1, "backbone": "efficientnet_lite0", "device": "cpu"}
+    places = {"dataset_dir": cohort / "slices", "output_dir": tmp_path, "tracking_uri": "off"}
+    succeed("training", TRAIN, **places, **knobs, image_size=176)
+    first = json.loads((tmp_path / "metrics.json").read_text())
+    assert first["pixel_auroc"] > 0.85
+    succeed("evaluating", EVALUATE, **places, checkpoint=tmp_path / "model.pt", device="cpu")
+    second = json.loads((tmp_path / "metrics.json").read_text())
+    assert {name: second[name] for name in METRICS} == {name: first[name] for name in METRICS}
+
+
 def test_two_processes_learn_what_one_learns(cohort, tmp_path):
     """Without the noise, which each process draws by itself."""
     quick = {**QUICK, "max_epochs": 3, "noise_probability": 0, "dataset_dir": cohort / "slices"}

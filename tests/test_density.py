@@ -207,6 +207,38 @@ def test_standard_sees_everything_in_reach():
     assert seen_offsets(paper_density(3, [1, 1], "standard")) == square(2)
 
 
+@pytest.mark.parametrize("mode", ["zero", "position"])
+def test_modes_that_look_at_no_patch_depend_on_none_and_have_nothing_to_learn(mode):
+    density = SpatialARDensity(3, mode, linear_components=0)
+    density.fit_linear([torch.rand(4, 3, 5, 6)], [])
+    first, second = torch.rand(2, 3, 5, 6), torch.rand(2, 3, 5, 6)
+    assert torch.equal(density(first), density(second))
+    assert not list(density.parameters())
+    assert density.likelihood == "joint"
+    density.loss(density(first), first).backward()
+
+
+def test_without_a_prediction_the_residual_is_the_embedding_itself():
+    features = torch.rand(2, 3, 5, 6)
+    assert torch.equal(SpatialARDensity(3, "zero", linear_components=0).residual(features), features)
+
+
+def test_the_position_mean_is_the_mean_at_each_position_over_all_batches():
+    healthy = torch.rand(7, 3, 5, 6)
+    density = SpatialARDensity(3, "position", linear_components=0, covariance="diagonal", position_code=True)
+    density.fit_linear(healthy.split(3), [])
+    torch.testing.assert_close(density.residual(healthy), healthy - healthy.mean(0))
+
+
+def test_a_fitted_position_mean_can_be_loaded_and_scripted():
+    density, other = (SpatialARDensity(3, "position", linear_components=0) for _ in range(2))
+    features = torch.rand(4, 3, 5, 6)
+    density.fit_linear([features], [])
+    other.load_state_dict(density.state_dict())
+    assert torch.equal(other(features), density(features))
+    assert torch.equal(torch.jit.script(density)(features), density(features))
+
+
 def test_masks_are_neither_trained_nor_saved():
     context = paper_density(3, [1, 2]).contexts[0]
     expected = ["net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"]
@@ -342,6 +374,8 @@ def test_any_kernel_keeps_the_size_of_the_map(kernel_size):
         ({"shrinkage": 2.0}, "shrinkage is 2.0: null, or 0 to 1"),
         ({"linear_components": 9}, "linear_components is 9: 0 to 3"),
         ({"mode": "standard"}, "sees its own target"),
+        ({"mode": "position"}, "linear_components is 2: mode .position. looks at no other patch: give 0"),
+        ({"mode": "zero", "linear_components": 0, "orders": 2}, "orders is 2: mode .zero. looks at no other patch"),
         ({"kernel_size": 4}, "must be odd"),
         ({"mode": "causal", "dilations": []}, "one whole number >= 1 per layer"),
         ({"hidden_channels": 0}, "at least 1"),

@@ -7,13 +7,17 @@ import sys
 
 import pytest
 import torch
+from builders import small_detector
 from torch import nn
+from torch.nn import functional as F
 
 from bundle.checkpoint import load_checkpoint, save_checkpoint
 from bundle.compute import Compute
 from bundle.data.stream import CaseInProgress, Slice
 from bundle.errors import BundleError
-from scripts.benchmarks.peers import NearestNeighborPeer, PadimPeer, PatchCorePeer, PeerDetector
+from bundle.networks import FeatureNetwork
+from scripts.benchmarks.peer_detector import PeerDetector
+from scripts.benchmarks.peers import NearestNeighborPeer, PadimPeer, PatchCorePeer
 
 CHANNELS, SIDE, PATCH = 8, 128, 16
 
@@ -26,6 +30,7 @@ def anomalib():
 @pytest.fixture
 def toy_features():
     network = nn.Sequential(nn.Conv2d(3, CHANNELS, PATCH, PATCH), nn.BatchNorm2d(CHANNELS))
+    network.patch_size = PATCH
     return network.requires_grad_(False).eval()
 
 
@@ -164,6 +169,89 @@ def test_a_peer_takes_the_place_of_the_detector(anomalib, detector, tmp_path, na
     other = PeerDetector("padim", detector, Compute("cpu", "fp32"), {"num_features": 7})
     with pytest.raises(BundleError, match="was trained with peer"):
         load_checkpoint(other, tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("name", ["padim", "nearest_neighbor"])
+def test_a_peer_on_standardized_features_does_not_see_the_scale_of_a_channel(anomalib, features, name):
+    generator = torch.Generator().manual_seed(0)
+    healthy, image = [slices(6, generator), slices(6, generator)], torch.rand(2, 1, 64, 64, generator=generator)
+    found = []
+    for scale in (1.0, 50.0):
+        torch.manual_seed(0)
+        detector = small_detector(features)
+        embed_tiles = detector.embed_tiles
+        detector.embed_tiles = lambda images, embed=embed_tiles, scale=scale: scale_first(embed(images), scale)
+        peer = PeerDetector(name, detector, Compute("cpu", "fp32"), standardize=True)
+        peer.fit(healthy)
+        found.append(peer.detect(image).anomaly_map)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
+def scale_first(embeddings, scale):
+    """The first half of the channels ``scale`` times as large, and moved."""
+    first, second = embeddings.chunk(2, dim=1)
+    return torch.cat([scale * first + 3, second], dim=1)
+
+
+def test_the_standardization_of_a_peer_is_part_of_its_model(anomalib, features, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    first, second = (
+        PeerDetector("padim", small_detector(features), Compute("cpu", "fp32"), standardize=True) for _ in range(2)
+    )
+    first.fit([slices(6, generator)])
+    save_checkpoint(first, tmp_path / "model.pt")
+    load_checkpoint(second, tmp_path / "model.pt")
+    image = torch.rand(2, 1, 64, 64, generator=generator)
+    torch.testing.assert_close(second.detect(image).anomaly_map, first.detect(image).anomaly_map)
+    plain = PeerDetector("padim", small_detector(features), Compute("cpu", "fp32"))
+    with pytest.raises(BundleError, match="peer_standardize"):
+        load_checkpoint(plain, tmp_path / "model.pt")
+
+
+class LeftHalf(nn.Module):
+    """A foreground that is the left half of every image."""
+
+    def forward(self, image):
+        inside = torch.zeros(len(image), image.shape[-2] // PATCH, image.shape[-1] // PATCH)
+        inside[..., : inside.shape[-1] // 2] = 1
+        return inside
+
+
+@pytest.mark.parametrize("name", ["patchcore", "padim", "nearest_neighbor"])
+def test_a_foreground_restricts_map_and_image_score(anomalib, features, name):
+    generator = torch.Generator().manual_seed(0)
+    peer = PeerDetector(name, small_detector(features), Compute("cpu", "fp32"), foreground=LeftHalf())
+    peer.fit([slices(6, generator)])
+    image = torch.rand(2, 1, 64, 64, generator=generator)
+    inside = peer.detect(image)
+    peer.foreground = None
+    whole = peer.detect(image)
+    assert (inside.patch_map[..., 32:] == 0).all()
+    torch.testing.assert_close(inside.patch_map[..., :32], whole.patch_map[..., :32])
+    highest = inside.patch_map.flatten(1).amax(1)
+    assert ((0.5 * highest < inside.image_score) & (inside.image_score <= highest)).all()
+
+
+def test_patchcore_on_its_own_strides_has_the_finest_grid_and_the_channels_of_all_stages(anomalib, detector):
+    peer = PeerDetector("patchcore", detector, Compute("cpu", "fp32"), {"own_strides": True, "coreset_ratio": 0.5})
+    peer.fit([slices(3, torch.Generator().manual_seed(0))])
+    assert peer.peer.memory_bank.shape == (3 * 8 * 8 // 2, 152)  # 64 pixels at stride 8; 40 + 112 channels
+    assert peer.detect(torch.rand(2, 1, 64, 64)).patch_map.shape == (2, 64, 64)
+
+
+def test_own_strides_need_a_backbone_that_has_several(anomalib):
+    tiny = FeatureNetwork("dinov3_vits16", "random", timm_kwargs={"embed_dim": 64, "depth": 3, "num_heads": 4})
+    peer = PeerDetector("patchcore", small_detector(tiny), Compute("cpu", "fp32"), {"own_strides": True})
+    with pytest.raises(BundleError, match="dinov3_vits16 has the same stride everywhere"):
+        peer.fit([slices(2, torch.Generator().manual_seed(0))])
+
+
+def test_maps_of_the_stages_are_what_the_features_are_joined_from(features):
+    image = torch.rand(2, 3, 64, 64)
+    fine, coarse = features.backbone.maps(image)
+    assert (fine.shape, coarse.shape) == ((2, 40, 8, 8), (2, 112, 4, 4))
+    joined = torch.cat([F.avg_pool2d(fine, 2), coarse], dim=1)
+    torch.testing.assert_close(features.backbone(image), joined)
 
 
 def test_an_unknown_peer_or_argument_is_named(anomalib, detector):

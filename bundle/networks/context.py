@@ -29,10 +29,12 @@ class ContextNetwork(nn.Module):
 
     Attributes:
         joint: whether the product of its predictions over all patches is a joint likelihood of the map.
+        looks: whether it looks at other patches; if it does not, nothing is trained.
         settings: that it was made with.
     """
 
     joint: ClassVar[bool] = False
+    looks: ClassVar[bool] = True
     settings: dict[str, Any]
 
     def taps(self) -> Tensor:
@@ -42,6 +44,10 @@ class ContextNetwork(nn.Module):
     def sees_itself(self) -> bool:
         """Whether the prediction of a patch depends on the patch itself."""
         return False
+
+    @torch.jit.ignore
+    def fit(self, training: Iterable[Tensor]) -> None:
+        """Fit what has a closed form to healthy embeddings, batches of [B, C, h, w]; most have nothing of the kind."""
 
     @classmethod
     def known_settings(cls) -> list[str]:
@@ -247,12 +253,74 @@ class GuardedRing(ContextNetwork):
         return taps_around(self.kernel_size, self.guard)
 
 
+class NoPrediction(ContextNetwork):
+    """Predicts zero, which is the healthy mean where embeddings are standardized: the residual is the embedding itself.
+
+    Args:
+        in_channels, out_channels: C and P.
+    """
+
+    joint = True
+    looks = False
+
+    @remembers_settings
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Predict ``features`` [B, C, h, w]: zeros [B, P, h, w]."""
+        return torch.zeros_like(features[:, :1]).expand(-1, self.out_channels, -1, -1)
+
+
+class PositionMean(NoPrediction):
+    """Predicts the mean healthy embedding at the same position, in closed form.
+
+    Maps of another size than the ones that it was fitted to get the mean of the nearest position.
+
+    Args:
+        in_channels, out_channels: C and P.
+    """
+
+    mean: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels)
+        self.register_buffer("mean", torch.zeros(1, out_channels, 1, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Predict ``features`` [B, C, h, w]: [B, P, h, w]."""
+        grid = [features.shape[2], features.shape[3]]
+        mean = self.mean.to(features.dtype)
+        if mean.shape[2] != grid[0] or mean.shape[3] != grid[1]:
+            mean = F.interpolate(mean, grid, mode="nearest")
+        return mean.expand(features.shape[0], -1, -1, -1)
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def fit(self, training: Iterable[Tensor]) -> None:
+        """Take the mean of healthy embeddings, batches of [B, C, h, w]."""
+        count, total = 0, torch.zeros(())
+        for batch in training:
+            count, total = count + len(batch), total + batch.double().sum(0, keepdim=True).cpu()
+        mean = self.mean.new_zeros(1, self.out_channels, *total.shape[2:])
+        mean[:, : total.shape[1]] = total / count
+        self.mean = mean
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if prefix + "mean" in state_dict:  # of any grid
+            self.mean = self.mean.new_zeros(state_dict[prefix + "mean"].shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
 CONTEXTS: dict[str, type[ContextNetwork]] = {
     "guarded": GuardedRing,
     "streams": BlindStreams,
     "causal": CausalStack,
     "bidirectional": BlindFirstLayerStack,
     "standard": OpenStack,
+    "zero": NoPrediction,
+    "position": PositionMean,
 }
 
 

@@ -48,7 +48,7 @@ class SpatialARDensity(nn.Module):
         in_channels: channels C of the patch embeddings.
         mode: which patches a prediction sees, a key of :data:`~bundle.networks.context.CONTEXTS`: ``guarded`` a ring
             without the nearest patches, ``streams`` all but itself, ``causal`` what comes earlier in raster order,
-            ``bidirectional`` and ``standard`` as the paper.
+            ``bidirectional`` and ``standard`` as the paper, ``zero`` and ``position`` no patch at all.
         linear_components: principal components that the linear prediction looks at; 0: no linear prediction.
         orders: 1, 2 or 4 raster orders, whose predictions are averaged.
         share_orders: one context network for all orders, instead of one each.
@@ -103,6 +103,9 @@ class SpatialARDensity(nn.Module):
             linear_components,
             f"0 to {in_channels}, the channels of the embeddings",
         )
+        for name, value, only in (("linear_components", linear_components, 0), ("orders", orders, 1)):
+            blind = not CONTEXTS[mode].looks
+            check(not blind or value == only, name, value, f"mode '{mode}' looks at no other patch: give {only}")
         self.in_channels = in_channels
         self.learns_variance = covariance == "diagonal"
         self.whitens = covariance in FITTED
@@ -191,7 +194,9 @@ class SpatialARDensity(nn.Module):
 
         For the isotropic covariance it is the mean squared error of the paper.
         """
-        return self._surprise(prediction, features).mean()
+        loss = self._surprise(prediction, features).mean()
+        # without parameters there is nothing to learn, and going backward does nothing
+        return loss if loss.requires_grad else loss.requires_grad_()
 
     @torch.jit.ignore
     def log_likelihood(self, prediction: Tensor, features: Tensor) -> Tensor:
@@ -222,12 +227,14 @@ class SpatialARDensity(nn.Module):
     @torch.jit.ignore
     @torch.no_grad()
     def fit_linear(self, training: Iterable[Tensor], held_out: Iterable[Tensor]) -> None:
-        """Fit the linear prediction, if there is one, to healthy standardized embeddings.
+        """Fit the linear prediction, if there is one, and what contexts fit, to healthy standardized embeddings.
 
         Args:
             training: batches of [B, C, h, w], iterated more than once.
             held_out: the same, of images that choose the ridge.
         """
+        for context in self.contexts:
+            context.fit(training)  # type: ignore[operator]
         if self.linear is not None:
             self.linear.fit(training, held_out)
 

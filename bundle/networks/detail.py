@@ -99,7 +99,8 @@ class DetailScore(nn.Module):
             target = (F.avg_pool2d(cells, self.factor) - self.mean[:, None, None]) / self.std[:, None, None]
             known = F.pad(rows(batch.prediction), [0, 1], value=1.0)
             square, product = square + known.T @ known, product + known.T @ rows(target)
-        ridge = RIDGE * square.diagonal()[:-1].mean() * torch.ones(len(square), dtype=torch.float64, device=device)
+        strength = (RIDGE * square.diagonal()[:-1].mean()).clamp_min(RIDGE)  # a prediction of zero has no variance
+        ridge = strength * torch.ones(len(square), dtype=torch.float64, device=device)
         ridge[-1] = 0
         solution = torch.linalg.solve(square + ridge.diag(), product)
         self.weight.copy_(solution[:-1].T)

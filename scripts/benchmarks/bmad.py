@@ -4,11 +4,15 @@
 
 ``configs/benchmark.json`` says what is compared: sets, protocols and methods, each of which is a list of config files
 and knobs of the bundle; peers too, by ``scripts/benchmarks/peers.json``. A method may be ``like`` another one and hold
-only what differs, and have knobs for backbones whose names begin with a word such as ``efficientnet``. ``seeds`` of a
+only what differs, and have knobs for backbones whose names begin with a word such as ``efficientnet``; with
+``backbones`` it is for no others, and left out where it was not asked for. ``seeds`` of a
 method is how many of those that are asked for it gets, all without it: for one with no chance in it, or a slow one. A
 cell is a method on a set with a seed. Each runs the bundle's own commands in processes of their own
 (:mod:`scripts.benchmarks.cells`), and is not run again while its knobs, the code, the weights and the data are the
 same: an interrupted run goes on by the same command.
+
+The page is of one half of the test images (``--part``, :func:`scripts.benchmarks.tables.part_of`), so that choices can
+be made on the other. Numbers and differences to the reference have intervals (:mod:`scripts.benchmarks.bootstrap`).
 
 Source of the sets: Bao et al., 'BMAD: Benchmarks for Medical Anomaly Detection', arXiv 2306.11876.
 """
@@ -39,9 +43,11 @@ from bundle.networks import FeatureNetwork
 from bundle.networks.weights import find_weights
 from bundle.provenance import data_fingerprint, data_words, git_commit, is_synthetic
 from bundle.transforms.masks import apply_mask_rule
-from scripts.benchmarks.cells import known_result, last_words, missing_protocols
+from scripts.benchmarks.bootstrap import DRAWS, compare
+from scripts.benchmarks.cells import known_result, last_words, missing_protocols, tables_of
 from scripts.benchmarks.common import ROOT, machine_words, read, say, write
 from scripts.benchmarks.report import write_report
+from scripts.benchmarks.tables import PARTS
 
 DEPTH = 4  # folders below --data in which a set may lie; BMAD's archives unpack to Liver/Train/hist_DIY and the like
 PATHS = ("folder", "command", "data")  # of a cell, on this machine: no part of a report
@@ -168,6 +174,13 @@ def make_recipe(config: dict[str, Any], method: str, data_set: DataSet, seed: in
     }
 
 
+def suits(method: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether the method is for the backbone that the bundle takes by the knobs that are ``given``."""
+    asked = {**method.get("knobs", {}), **given}
+    backbone = find_backbone(asked.get("backbone", "auto"), asked.get("weights"))
+    return backbone.startswith(tuple(method.get("backbones", [""])))
+
+
 def family_of(method: dict[str, Any], backbone: str) -> dict[str, Any]:
     """Configs and knobs that the method has for backbones of this name alone."""
     return next((method[key] for key in method if backbone.startswith(key)), {})
@@ -193,7 +206,8 @@ def code_fingerprint() -> str:
         path for path in (ROOT / "configs").glob("*.json") if path.name not in ("benchmark.json", "metadata.json")
     )
     digest = hashlib.sha256()
-    for path in sorted([*(ROOT / "bundle").rglob("*.py"), *configs, *(ROOT / "scripts/benchmarks").glob("peers.*")]):
+    scripts = ROOT / "scripts/benchmarks"
+    for path in sorted([*(ROOT / "bundle").rglob("*.py"), *configs, *scripts.glob("*peer*"), scripts / "tables.py"]):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -279,8 +293,11 @@ def benchmark(given: argparse.Namespace) -> dict[str, Any]:
     config = load_config(given.config)
     methods = chosen("method", given.methods, config["methods"])
     protocols = chosen("protocol", given.protocols, config["protocols"])
+    check_choice("part", given.part, PARTS)
     out = given.out.resolve()
     sets = [read_set(name, folder) for name, folder in find_sets(given.data, config, given.sets).items()]
+    if given.methods is None:
+        methods = {name: method for name, method in methods.items() if suits(method, given.knobs)}
     plan = [
         (data_set, make_recipe(config, name, data_set, seed, given.knobs))
         for data_set in sets
@@ -307,12 +324,16 @@ def benchmark(given: argparse.Namespace) -> dict[str, Any]:
         else:
             results[data_set.name]["cells"].setdefault(recipe["method"], []).append(outcome)
     for data_set in sets:
-        first = {name: cells[0] for name, cells in results[data_set.name]["cells"].items()}
+        known = results[data_set.name]["cells"]
+        first = {name: cells[0] for name, cells in known.items()}
         folder = out / "cells" / slug(data_set.name) / "times"
         try:
             results[data_set.name]["times"] = run_times(folder, first, data_set, given) if first else None
         except BundleError as error:
             failed[f"{data_set.name}, milliseconds per image"] = str(error)
+        results[data_set.name]["compared"] = {
+            protocol: compare_cells(known, protocol, config["reference"], given) for protocol in protocols
+        }
     for cells in (cells for one in results.values() for cells in one["cells"].values()):
         cells[:] = [{key: value for key, value in cell.items() if key not in PATHS} for cell in cells]
     return {
@@ -322,11 +343,22 @@ def benchmark(given: argparse.Namespace) -> dict[str, Any]:
         "machine": machine_words(),
         "protocols": protocols,
         "reference": config["reference"],
+        "part": given.part,
+        "draws": given.draws,
+        "patient_pattern": given.patient_pattern,
         "published": config["published"],
         "methods": {name: config["methods"][name] for name in methods},
         "sets": results,
         "failed": failed,
     }
+
+
+def compare_cells(
+    methods: dict[str, list[dict[str, Any]]], protocol: str, reference: str, given: argparse.Namespace
+) -> dict[str, Any]:
+    """Accuracy with intervals of the measured cells of a set, see :func:`scripts.benchmarks.bootstrap.compare`."""
+    tables = {name: [tables_of(Path(cell["folder"]), protocol) for cell in cells] for name, cells in methods.items()}
+    return compare(tables, reference, given.part, given.draws, given.patient_pattern)
 
 
 def describe_set(data_set: DataSet, config: dict[str, Any]) -> dict[str, Any]:
@@ -392,6 +424,14 @@ def knobs_of(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"no JSON object ({error}): give '{{\"max_epochs\": 5}}'") from error
 
 
+def pattern_of(text: str) -> str:
+    """A regular expression from the command line."""
+    try:
+        return re.compile(text).pattern
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"no regular expression ({error}): give 'patient_([0-9]+)'") from error
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -404,6 +444,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--protocols", nargs="+", default=["native", "paper240"], metavar="NAME", help="default: native paper240")
     add("--knobs", type=knobs_of, default={}, metavar="JSON", help="knobs of the bundle for all methods")
     add("--config", type=Path, default=ROOT / "configs/benchmark.json", help="sets, protocols and methods")
+    add("--part", default=PARTS[0], metavar="NAME", help="of the test images: report (the default), development or all")
+    add(
+        "--patient_pattern",
+        type=pattern_of,
+        metavar="REGEX",
+        help="its first group is the patient in the name of a test image; default: each image is another one",
+    )
+    add("--draws", type=int, default=DRAWS, metavar="N", help=f"of the bootstrap over test images; default: {DRAWS}")
     add(
         "--jobs",
         type=int,
@@ -421,7 +469,7 @@ def main() -> None:
     """Run the benchmark and print its tables."""
     given = make_parser().parse_args()
     try:
-        for name in ("jobs", "batch_size", "repeats", "timed_images"):
+        for name in ("draws", "jobs", "batch_size", "repeats", "timed_images"):
             if getattr(given, name) < 1:
                 raise BundleError(f"--{name} must be at least 1, got {getattr(given, name)}")
         results = benchmark(given)

@@ -32,7 +32,9 @@ def train(folder: Path) -> None:
     result = known_result(folder, job["recipe"])
     for name in missing_protocols(result, job["protocols"]):
         settings, others = split_knobs(job["recipe"]["knobs"])
-        write(folder / f"{name}.json", {"+model": settings, **others, **job["protocols"][name]})
+        tables = {"_target_": "scripts.benchmarks.tables.TabledMetric", "path": str(tables_of(folder, name))}
+        overlay = {"+model": settings, **others, **job["protocols"][name], "+test::metric": tables}
+        write(folder / f"{name}.json", overlay)
         fits = not result["protocols"]
         run = "training" if fits else "evaluating"
         overlays = [*job["recipe"]["configs"], str(folder / f"{name}.json"), *([] if fits else [EVALUATE])]
@@ -58,6 +60,11 @@ def train(folder: Path) -> None:
             result |= {key: report[key] for key in ("model", "data", "images")}
             result["stored_mb"] = (folder / "model.pt").stat().st_size / MEGABYTE
         write(folder / "result.json", result)
+
+
+def tables_of(folder: Path, protocol: str) -> Path:
+    """The file of a cell that says what each test image contributes, see :mod:`scripts.benchmarks.tables`."""
+    return folder / protocol / "tables.npz"
 
 
 def split_knobs(knobs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

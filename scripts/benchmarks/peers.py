@@ -4,11 +4,6 @@ Sources: Roth et al., 'Towards Total Recall in Industrial Anomaly Detection' (Pa
 'AnomalyDINO: Boosting Patch-based Few-shot Anomaly Detection with DINOv2', arXiv 2405.14529; Defard et al., 'PaDiM: a
 Patch Distribution Modeling Framework for Anomaly Detection and Localization', arXiv 2011.08785; all as anomalib 2.7
 implements them (``anomalib/models/image/patchcore``, ``.../anomaly_dino``, ``.../padim``).
-
-With ``scripts/benchmarks/peers.json`` a peer takes the detector's place in the commands of the bundle:
-
-    python -m monai.bundle run training --peer padim \\
-        --config_file "['configs/train.json','scripts/benchmarks/peers.json']"
 """
 
 from __future__ import annotations
@@ -22,15 +17,12 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bundle.compute import Compute
-from bundle.data.stream import Slice
-from bundle.errors import BundleError, check_choice
-from bundle.networks.detector import AnomalyDetector, Detection, refuse_other
+from bundle.errors import BundleError
+from bundle.networks.backbones.stages import Stages
+from bundle.networks.detector import AnomalyDetector
 
-SCORE_SETTINGS = {"standardize", "feature_components", "score_scale", "residual_pooling", "per_position", "image_score"}
-CALIBRATION = ("threshold", "false_positive_rate")
 LAYER = "blocks.11"  # what AnomalyDINO calls its features; PatchCore takes any name
 
 
@@ -44,14 +36,16 @@ class Peer(ABC):
         name: for tables.
         stored_names: the buffers of anomalib's model that are all that :meth:`fit` leaves.
         kept_name: its list of features that waits to be turned into them.
+        extractor_name: what anomalib calls the class that computes its features.
         model: anomalib's torch model.
     """
 
     name: str
     stored_names: tuple[str, ...] = ("memory_bank",)
     kept_name = "embedding_store"
+    extractor_name = "TimmFeatureExtractor"
 
-    def __init__(self, extractor: _Extractor, package: str, model_class: str, **arguments: Any) -> None:
+    def __init__(self, extractor: nn.Module, package: str, model_class: str, **arguments: Any) -> None:
         try:
             module = import_module(f"anomalib.models.image.{package}.torch_model")
         except ImportError as error:
@@ -60,7 +54,7 @@ class Peer(ABC):
             ) from error
         self._extractor = extractor
         # the constructors make a timm network by its name, AnomalyDINO's with weights from the hub, and take no other
-        with patch.object(module, "TimmFeatureExtractor", return_value=extractor):
+        with patch.object(module, self.extractor_name, return_value=extractor):
             self.model: Any = getattr(module, model_class)(**arguments)
 
     def fit(self, images: Iterable[Tensor]) -> None:
@@ -79,7 +73,7 @@ class Peer(ABC):
             self.model.to(batch.device)(batch)
         if not kept:
             raise BundleError(f"{self.name} has no healthy image to store: give at least one")
-        return _bytes(kept)
+        return bytes_of(kept)
 
     @abstractmethod
     def _fill_bank(self) -> None:
@@ -92,10 +86,15 @@ class Peer(ABC):
         Raises:
             BundleError: before :meth:`fit`.
         """
-        if not all(tensor.numel() for tensor in self.stored.values()):
+        stored = self.stored
+        if not stored or not all(tensor.numel() for tensor in stored.values()):
             raise BundleError(f"{self.name} has nothing stored: call fit with healthy images first")
         found = self.model.eval()(images)
         return found.anomaly_map, found.pred_score.flatten()
+
+    def score(self, maps: Tensor) -> Tensor:
+        """The image scores [B] of ``maps`` [B, 1, H, W] that were restricted to a part of the images."""
+        return maps.flatten(1).amax(dim=1)
 
     @property
     def stored(self) -> dict[str, Tensor]:
@@ -112,7 +111,7 @@ class Peer(ABC):
     @property
     def stored_bytes(self) -> int:
         """Size of what is stored."""
-        return _bytes(self.stored.values())
+        return bytes_of(self.stored.values())
 
 
 class BankPeer(Peer):
@@ -139,6 +138,8 @@ class PatchCorePeer(BankPeer):
             :class:`bundle.networks.FeatureNetwork`.
         coreset_ratio: share of the features that is stored, in (0, 1].
         num_neighbors: stored features that the weight of the image score looks at.
+        own_strides: take each stage of a convolutional backbone at its own stride, as the authors do; the coarser ones
+            are enlarged to the finest after the average. ``features`` must have ``stages``, see :class:`PeerFeatures`.
 
     Raises:
         BundleError: if anomalib is not installed.
@@ -146,10 +147,11 @@ class PatchCorePeer(BankPeer):
 
     name = "PatchCore"
 
-    def __init__(self, features: nn.Module, coreset_ratio: float = 0.1, num_neighbors: int = 9) -> None:
-        super().__init__(
-            _Extractor(features), "patchcore", "PatchcoreModel", layers=[LAYER], num_neighbors=num_neighbors
-        )
+    def __init__(
+        self, features: Any, coreset_ratio: float = 0.1, num_neighbors: int = 9, own_strides: bool = False
+    ) -> None:
+        extractor = _StageExtractor(features) if own_strides else _Extractor(features)
+        super().__init__(extractor, "patchcore", "PatchcoreModel", layers=extractor.layers, num_neighbors=num_neighbors)
         self.coreset_ratio = coreset_ratio
 
     def _fill_bank(self) -> None:
@@ -160,14 +162,15 @@ class NearestNeighborPeer(BankPeer):
     """AnomalyDINO's scoring: every healthy feature is stored; cosine distance to the nearest.
 
     It is anomalib's ``AnomalyDINOModel`` itself, which asks its extractor for nothing but patch tokens, so that any
-    features go in; without masking of the background and without coreset. The image score is the mean of the top 1 % of
-    patches.
+    features go in; without coreset. The image score is the mean of the top 1 % of patches.
 
     Args:
         features: from normalized images [B, 3, H, W] to patch embeddings [B, C, H // patch_size, W // patch_size].
-        patch_size: stride of the features, in pixels.
+        patch_size: stride of the features, in pixels; None: what ``features`` say themselves.
         search_bytes: anomalib holds three matrices of all patches of a batch times all stored features; a batch that
             would need more than this is scored in parts, at least one image each.
+        masking: leave out the background as AnomalyDINO does: patches whose first principal component within their
+            image is small. Its threshold is made for the last block of DINOv2.
 
     Raises:
         BundleError: if anomalib is not installed.
@@ -175,13 +178,18 @@ class NearestNeighborPeer(BankPeer):
 
     name = "nearest neighbor"
 
-    def __init__(self, features: nn.Module, patch_size: int = 16, search_bytes: int = 2**31) -> None:
-        super().__init__(_TokenExtractor(features, patch_size), "anomaly_dino", "AnomalyDINOModel")
+    def __init__(
+        self, features: Any, patch_size: int | None = None, search_bytes: int = 2**31, masking: bool = False
+    ) -> None:
+        patch_size = patch_size or features.patch_size
+        super().__init__(_TokenExtractor(features, patch_size), "anomaly_dino", "AnomalyDINOModel", masking=masking)
         self.patch_size = patch_size
         self.search_bytes = search_bytes
 
     def _fill_bank(self) -> None:
         self.model.fit()
+        if not self.memory_bank.numel():
+            raise BundleError("masking is true, but finds no foreground in these features: leave it out")
 
     def detect(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Anomaly map [B, 1, H, W] and image score [B] of ``images`` [B, 3, H, W], normalized; distances in [0, 2]."""
@@ -190,6 +198,10 @@ class NearestNeighborPeer(BankPeer):
         parts = images.split(max(1, self.search_bytes // max(1, matrices)))
         maps, scores = zip(*map(super().detect, parts), strict=True)
         return torch.cat(maps), torch.cat(scores)
+
+    def score(self, maps: Tensor) -> Tensor:
+        """The mean of the top 1 % of each map [B, 1, H, W], [B]."""
+        return self.model.mean_top1p(maps.flatten(1)).flatten()
 
 
 class PadimPeer(Peer):
@@ -225,116 +237,49 @@ class PadimPeer(Peer):
         self.model.fit()
 
 
-PEERS = {"patchcore": PatchCorePeer, "padim": PadimPeer, "nearest_neighbor": NearestNeighborPeer}
-
-
-class PeerDetector(nn.Module):
-    """A peer in the place of the bundle's detector, for its evaluation engine, checkpoints and reports.
-
-    It resizes and normalizes as the detector does and computes the features in the same precision; distances are
-    computed in 32 bits.
-
-    Args:
-        peer: a key of :data:`PEERS`.
-        detector: whose resizing and features are taken.
-        compute: the precision of the features.
-        arguments: of the peer.
-
-    Attributes:
-        threshold: of the map, in units of the peer's distance.
-        false_positive_rate: the share of healthy pixels that was wanted above it.
-        image_threshold, image_false_positive_rate: infinite, and not a number: peers have none.
-
-    Raises:
-        BundleError: if the peer or an argument of it is unknown, or anomalib is not installed.
-    """
-
-    threshold: Tensor
-    false_positive_rate: Tensor
-    image_threshold: Tensor
-    image_false_positive_rate: Tensor
-
-    def __init__(
-        self, peer: str, detector: AnomalyDetector, compute: Compute, arguments: Mapping[str, Any] | None = None
-    ) -> None:
-        super().__init__()
-        self.kind = check_choice("peer", peer, PEERS)
-        self.arguments = dict(arguments or {})
-        self.detector = detector
-        try:
-            self.peer: Any = PEERS[peer](_InPrecision(detector, compute), **self.arguments)
-        except TypeError as error:
-            raise BundleError(f"peer_arguments {self.arguments} do not fit {peer}: {error}") from error
-        for name in ("threshold", "image_threshold"):
-            self.register_buffer(name, torch.full((), float("inf")))
-        for name in ("false_positive_rate", "image_false_positive_rate"):
-            self.register_buffer(name, torch.full((), float("nan"), dtype=torch.float64))
-
-    def resize(self, image: Tensor) -> Tensor:
-        """Bring ``image`` [B, C, H, W] to the size that the backbone sees."""
-        return self.detector.resize(image)
-
-    def fit(self, batches: Iterable[list[Slice]]) -> None:
-        """Store features of healthy, resized slices."""
-        self.peer.fit(self._normalized(torch.stack([one.image for one in batch])) for batch in batches)
-
-    @torch.no_grad()
-    def set_threshold(self, batches: Iterable[list[Slice]], false_positive_rate: float) -> None:
-        """Take the value that the share ``false_positive_rate`` of healthy pixels exceeds, one pixel of each patch."""
-        stride = self.detector.features.patch_size
-        maps = [self.detect(torch.stack([one.image for one in batch])).patch_map for batch in batches]
-        values = torch.cat([map_[:, ::stride, ::stride].flatten().cpu() for map_ in maps])
-        self.threshold.copy_(values.kthvalue(max(1, round((1 - false_positive_rate) * len(values)))).values)
-        self.false_positive_rate.fill_(false_positive_rate)
-
-    def detect(self, image: Tensor, raw: bool = False) -> Detection:
-        """Anomaly map, image score and the map at the size that the backbone sees, of ``image`` [B, C, H, W]."""
-        with torch.autocast(image.device.type, enabled=False):
-            maps, scores = self.peer.detect(self._normalized(self.resize(image)))
-        whole = F.interpolate(maps, image.shape[-2:], mode="bilinear", align_corners=False)
-        return Detection(whole, scores, maps[:, 0])
-
-    def _normalized(self, image: Tensor) -> Tensor:
-        return self.detector.features.normalize(image)
-
-    def describe(self) -> dict[str, Any]:
-        """Backbone, hash of its weights, preprocessing and peer."""
-        taken = self.detector.density.describe().keys() | SCORE_SETTINGS  # what a peer has not
-        own = {"peer": self.kind, "peer_arguments": self.arguments}
-        return {key: value for key, value in self.detector.describe().items() if key not in taken} | own
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What is stored, the threshold with its rate, and the identity."""
-        calibration = {name: getattr(self, name) for name in CALIBRATION}
-        return {"identity": self.describe(), **calibration, **self.peer.stored}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
-        """Take the state of an earlier :meth:`fit`.
-
-        Raises:
-            BundleError: if it is of another backbone, preprocessing or peer.
-        """
-        refuse_other(state_dict["identity"], self.describe())
-        for name in CALIBRATION:
-            getattr(self, name).copy_(state_dict[name])
-        self.peer.stored = {name: state_dict[name].to(self.threshold.device) for name in self.peer.stored_names}
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all ``tensors``."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-class _InPrecision(nn.Module):
-    """The features of ``detector`` in the precision of ``compute``, given in float32."""
+class PeerFeatures(nn.Module):
+    """The features of ``detector`` in the precision of ``compute``, given in float32.
 
-    def __init__(self, detector: AnomalyDetector, compute: Compute) -> None:
+    Args:
+        detector: whose features are taken, in tiles and pooled as its settings say.
+        compute: the precision.
+        standardize: as the detector does, once its standardization was set.
+    """
+
+    def __init__(self, detector: AnomalyDetector, compute: Compute, standardize: bool = False) -> None:
         super().__init__()
         self.detector = detector
         self.compute = compute
+        self.standardizes = standardize
+        self.layers = detector.features.layers
+        self.patch_size = detector.features.patch_size
 
     def forward(self, images: Tensor) -> Tensor:
+        """From normalized images [B, 3, H, W] to patch embeddings [B, C, h, w]."""
         with self.compute.autocast():
-            return self.detector.embed_tiles(images).float()
+            maps = self.detector.embed_tiles(images).float()
+        embeddings = maps[:, : self.detector.features.num_channels]
+        return self.detector.standardize(embeddings) if self.standardizes else embeddings
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """The tapped maps of a convolutional backbone, each at its own stride, as they are.
+
+        Raises:
+            BundleError: if the backbone has no stages.
+        """
+        backbone: nn.Module = self.detector.features.backbone
+        if not isinstance(backbone, Stages):
+            name = self.detector.features.backbone_name
+            raise BundleError(f"own_strides is true, but {name} has the same stride everywhere: leave it out")
+        with self.compute.autocast():
+            maps = backbone.maps(images)
+        tapped = zip(backbone.tapped, maps, strict=True)
+        return [one.float() for stage, one in tapped if stage in self.layers]
 
 
 class _Extractor(nn.Module):
@@ -342,7 +287,8 @@ class _Extractor(nn.Module):
 
     def __init__(self, features: nn.Module) -> None:
         super().__init__()
-        self.features = features
+        self.features: Any = features
+        self.layers = [LAYER]
 
     @property
     def out_dims(self) -> list[int]:
@@ -352,6 +298,17 @@ class _Extractor(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {LAYER: self.features(images)}
+
+
+class _StageExtractor(_Extractor):
+    """The same of several stages, each at its own stride."""
+
+    def __init__(self, features: Any) -> None:
+        super().__init__(features)
+        self.layers = [f"stage {layer}" for layer in features.layers]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.layers, self.features.stages(images), strict=True))
 
 
 class _TokenExtractor(_Extractor):

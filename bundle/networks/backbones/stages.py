@@ -22,6 +22,7 @@ class Stages(nn.Module):
         patch: stride of the grid, in pixels.
 
     Attributes:
+        tapped: stages of ``layers`` and ``details``, ascending.
         detail_channels: of the details together, at their own stride.
     """
 
@@ -39,35 +40,38 @@ class Stages(nn.Module):
         self.stages = nn.ModuleList(stages[: max(layers + details) + 1])
         self.strides = list(strides)
         self.layers = layers
+        self.tapped = sorted({*layers, *details})
         self.is_detail = [index in details for index in range(len(self.stages))]  # an empty list has no type
         self.patch = patch
         _fold_batch_norms(self)
-        self.detail_channels = self._count(details)
+        with torch.no_grad():
+            maps = self.maps(torch.zeros(1, 3, 4 * patch, 4 * patch))
+        self.detail_channels = sum(int(maps[self.tapped.index(stage)].shape[1]) for stage in details)
         self.to(memory_format=torch.channels_last)  # depthwise convolutions run faster so on a CPU
-
-    @torch.no_grad()
-    def _count(self, stages: list[int]) -> int:
-        """The channels of ``stages`` together."""
-        features = self.stem(torch.zeros(1, 3, 4 * self.patch, 4 * self.patch))
-        channels = []
-        for stage in self.stages:
-            features = stage(features)
-            channels.append(int(features.shape[1]))
-        return sum(channels[index] for index in stages)
 
     def forward(self, image: Tensor) -> Tensor:
         """The joined maps [B, C, H // patch, W // patch] of ``image`` [B, 3, H, W], details space to depth."""
         grid = [image.shape[-2] // self.patch, image.shape[-1] // self.patch]
-        features = self.stem(image)
         maps: list[Tensor] = []
         details: list[Tensor] = []
+        for index, features in enumerate(self.maps(image)):
+            stage = self.tapped[index]
+            if stage in self.layers:
+                maps.append(_to_grid(features, self.strides[stage], self.patch, grid))
+            if self.is_detail[stage]:
+                details.append(F.pixel_unshuffle(features, self.patch // self.strides[stage]))
+        return torch.cat(maps + details, dim=1)
+
+    @torch.jit.export
+    def maps(self, image: Tensor) -> list[Tensor]:
+        """The tapped maps of ``image`` [B, 3, H, W], each at its own stride."""
+        features = self.stem(image)
+        maps: list[Tensor] = []
         for index, stage in enumerate(self.stages):
             features = stage(features)
-            if index in self.layers:
-                maps.append(_to_grid(features, self.strides[index], self.patch, grid))
-            if self.is_detail[index]:
-                details.append(F.pixel_unshuffle(features, self.patch // self.strides[index]))
-        return torch.cat(maps + details, dim=1)
+            if index in self.tapped:
+                maps.append(features)
+        return maps
 
 
 def _fold_batch_norms(module: nn.Module) -> None:
