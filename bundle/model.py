@@ -1,7 +1,8 @@
 """What a model is: settings that decide its output, each an argument of one of the parts that it is made of.
 
 A training chooses them, its checkpoint holds them, and whoever uses the checkpoint follows them. A new one is an
-argument of a part and a line in ``configs/train.json``. Its default is what a checkpoint means that does not have it.
+argument of a part and a line in ``configs/train.json``. Its default is what a checkpoint means that does not have it,
+unless :func:`~bundle.networks.features.completed` says otherwise.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from bundle.knobs import SYNTAX, Knob, settings_of, typed
 from bundle.networks.context import CONTEXTS
 from bundle.networks.density import SpatialARDensity
 from bundle.networks.detector import AnomalyDetector, refuse_other, same
-from bundle.networks.features import FeatureNetwork
+from bundle.networks.features import FeatureNetwork, completed
 from bundle.transforms.reading import Reading
 
 PARTS: tuple[Callable[..., Any], ...] = (Reading, FeatureNetwork, SpatialARDensity, *CONTEXTS.values(), AnomalyDetector)
@@ -99,6 +100,7 @@ def agreed_settings(identity: Mapping[str, Any], given: Mapping[str, Any] | None
     Raises:
         BundleError: for a value of another type, or settings that the model does not have; all in one line.
     """
+    identity = completed(identity)
     wishes = {name: value for name, value in Settings(given).given.items() if value != TO_BE_CHOSEN.get(name, ...)}
     refuse_other(identity, wishes)
     known = known_settings()

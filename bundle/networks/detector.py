@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bundle.errors import BundleError, check, shown
 from bundle.networks.density import SpatialARDensity, squared_error
-from bundle.networks.features import FeatureNetwork
+from bundle.networks.features import FeatureNetwork, completed
 from bundle.networks.gaussian import moments
 from bundle.networks.scores import ImageScore, PatchScore, conformal_threshold, largest_of_each
 from bundle.networks.settings import remembers_settings
@@ -356,6 +356,7 @@ def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     Raises:
         BundleError: with all differences in one line.
     """
+    stored = completed(stored)
     different = [name for name in sorted(stored.keys() & wanted.keys()) if not same(stored[name], wanted[name])]
     if different:
         differences = "; ".join(f"{name} {shown(stored[name])}, not {shown(wanted[name])}" for name in different)

@@ -1,14 +1,15 @@
 """The feature network: a frozen backbone turns an image into a map of patch embeddings."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, check_choice
 from bundle.networks.backbones import BACKBONES
+from bundle.networks.backbones.vit import BLOCKS
 from bundle.networks.weights import load_backbone
 
 CPU_PIXELS = 2 * 320 * 320  # of the images that go through a network at once on a CPU
@@ -29,10 +30,13 @@ class FeatureNetwork(nn.Module):
             ViT-S/14, else EfficientNet-Lite0, both with a warning.
         weights: file or folder of the weights, 'random', or None to look for them (:mod:`bundle.networks.weights`).
         weights_sha256: hash (hex) that the file must have.
-        layers: what to tap, joined in ascending order along the channels; negative ones count from the end. Blocks of a
-            ViT, stages of a convolutional network, see :mod:`bundle.networks.backbones`; None: those of the backbone's
-            row there. A map of another stride is brought to the grid of ``patch_size``.
+        layers: what to tap, in any order; negative ones count from the end. Blocks of a ViT; stages of a convolutional
+            network, which are joined along the channels, those of another stride brought to the grid of
+            ``patch_size``. See :mod:`bundle.networks.backbones`; None: as the kind of backbone has it there.
         timm_kwargs: changes of the architecture, as ``timm.create_model`` takes them; for tiny networks in tests.
+        blocks: of a ViT, how tapped blocks become one map: ``averaged``, ``joined`` along the channels, or ``normed``:
+            joined, each after the final norm, as Meta's ``get_intermediate_layers(norm=True)`` has it. The last block
+            of the network is followed by the norm always.
 
     Attributes:
         backbone_name: the backbone that was taken, never 'auto'.
@@ -43,7 +47,7 @@ class FeatureNetwork(nn.Module):
         patch_size: stride of the embeddings, in pixels.
         image_size: default side of an image, in pixels; a multiple of ``patch_size``.
         publisher: whose layout the file of the weights has: 'meta', 'timm' or 'transformers'.
-        keeps_bf16: whether bf16 changes the embeddings by less than 1 %.
+        keeps_bf16: whether bf16 changes the embeddings by about 1 % at most.
 
     Raises:
         BundleError: if a name or layer is unknown, or the weights cannot be had or do not fit.
@@ -59,6 +63,8 @@ class FeatureNetwork(nn.Module):
         weights_sha256: str | None = None,
         layers: Sequence[int] | int | None = None,
         timm_kwargs: dict[str, Any] | None = None,
+        *,
+        blocks: str = "averaged",
     ) -> None:
         super().__init__()
         network, source, self.weights_id = load_backbone(backbone, weights, weights_sha256, timm_kwargs)
@@ -70,10 +76,12 @@ class FeatureNetwork(nn.Module):
         self.image_size = spec.image_size
         self.keeps_bf16 = spec.keeps_bf16
         self.cpu_pixels = CPU_PIXELS  # 0: any number at once
-        self.layers = _checked_layers(spec.layers if layers is None else layers, spec.depth(network), source.backbone)
+        self.blocks = check_choice("blocks", blocks, BLOCKS)
+        layers = spec.default_layers(network) if layers is None else layers
+        self.layers = _checked_layers(layers, spec.depth(network), source.backbone)
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1))
-        self.backbone = spec.tapped(network, self.layers, source.publisher)
+        self.backbone = spec.tapped(network, self.layers, source.publisher, blocks)
         self.requires_grad_(False)
         self.eval()
         side = 4 * self.patch_size
@@ -110,6 +118,7 @@ class FeatureNetwork(nn.Module):
             "backbone": self.backbone_name,
             "weights": self.weights_id,
             "layers": self.layers,
+            **({"blocks": self.blocks} if spec.has_blocks else {}),
             "mean": list(spec.mean),
             "std": list(spec.std),
             **spec.describe(self.publisher),
@@ -127,6 +136,12 @@ class FeatureNetwork(nn.Module):
         # the children look for their tensors in this dict: they find their own ones
         state_dict.update(super().state_dict(prefix=prefix))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def completed(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """``identity``, with what a model of version 0.5 did where its identity says nothing: every block was normed."""
+    spec = BACKBONES.get(str(identity.get("backbone")))
+    return ({"blocks": "normed"} if spec is not None and spec.has_blocks else {}) | dict(identity)
 
 
 def _checked_layers(layers: Sequence[int] | int, depth: int, backbone: str) -> list[int]:
