@@ -2,7 +2,7 @@
 
 A training chooses them, its checkpoint holds them, and whoever uses the checkpoint follows them. A new one is an
 argument of a part and a line in ``configs/train.json``. Its default is what a checkpoint means that does not have it,
-unless :data:`BEFORE` says otherwise.
+unless :func:`~bundle.networks.detector.completed` says otherwise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bundle.errors import BundleError, check_choice, did_you_mean, shown
 from bundle.knobs import SYNTAX, Knob, settings_of, typed
 from bundle.networks.context import CONTEXTS
 from bundle.networks.density import SpatialARDensity
-from bundle.networks.detector import AnomalyDetector, refuse_other, same
+from bundle.networks.detector import AnomalyDetector, completed, refuse_other, same
 from bundle.networks.features import FeatureNetwork
 from bundle.transforms.reading import Reading
 
@@ -27,8 +27,6 @@ NO_SETTINGS = ("weights", "weights_sha256", "timm_kwargs", "preprocessing")
 OPEN = ("channel",)  # what a model may leave to its user
 # values that stand for a choice of training
 TO_BE_CHOSEN = {"backbone": "auto", "layers": None, "detail_layers": None, "image_size": None}
-# what a checkpoint means that was made before there was such a setting, where it is not the default
-BEFORE = {"foreground": "all", "detail_layers": []}
 
 logger = logging.getLogger(__name__)
 
@@ -103,13 +101,14 @@ def agreed_settings(identity: Mapping[str, Any], given: Mapping[str, Any] | None
     Raises:
         BundleError: for a value of another type, or settings that the model does not have; all in one line.
     """
+    identity = completed(identity)
     wishes = {name: value for name, value in Settings(given).given.items() if value != TO_BE_CHOSEN.get(name, ...)}
     refuse_other(identity, wishes)
-    meant = {name: knob.default for name, knob in known_settings().items()} | BEFORE
+    known = known_settings()
     absent = [name for name in wishes if name not in identity and name not in OPEN]
-    if unused := [name for name in absent if not same(meant[name], wishes[name])]:
+    if unused := [name for name in absent if not same(known[name].default, wishes[name])]:
         raise BundleError(f"{', '.join(unused)} has no part in this model: leave it out")
-    return Settings(BEFORE | wishes | settings_in(identity).given)
+    return Settings(wishes | settings_in(identity).given)
 
 
 def make_detector(

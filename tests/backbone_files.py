@@ -35,12 +35,18 @@ HF_BACKBONES = {
 }
 
 
-def meta_network(layers: tuple[int, ...] | None = None) -> FeatureNetwork:
-    return FeatureNetwork("dinov3_vits16", META_FILE, layers=layers, timm_kwargs=META_KWARGS)
+def meta_network(layers: tuple[int, ...] | None = None, blocks: str = "joined") -> FeatureNetwork:
+    return FeatureNetwork("dinov3_vits16", META_FILE, layers=layers, timm_kwargs=META_KWARGS, blocks=blocks)
 
 
-def hf_network(name: str, layers: tuple[int, ...] | None = None) -> FeatureNetwork:
-    return FeatureNetwork(HF_BACKBONES[name], DATA / "hf" / name, layers=layers, timm_kwargs=HF_KWARGS[name])
+def hf_network(name: str, layers: tuple[int, ...] | None = None, blocks: str = "joined") -> FeatureNetwork:
+    return FeatureNetwork(
+        HF_BACKBONES[name],
+        DATA / "hf" / name,
+        layers=layers,
+        timm_kwargs=HF_KWARGS[name],
+        blocks=blocks,
+    )
 
 
 def timm_network(backbone: str, **kwargs: object) -> nn.Module:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -24,6 +26,7 @@ from timm.models import convnext, eva, vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bundle.errors import BundleError
 from bundle.exports import export_all
 from bundle.networks.backbones import BACKBONES
 from bundle.networks.backbones.learned_vit import INTERPOLATIONS, Positions
@@ -38,14 +41,15 @@ pytestmark = pytest.mark.usefixtures("no_weights_in_reach")
 def test_meta_file_gives_the_features_of_meta_code(layers: tuple[int, ...]) -> None:
     golden = load_file(DATA / "golden" / "dinov3_meta_tiny_io.safetensors")
     expected = torch.cat([golden["features_last" if layer == 2 else "features_block0"] for layer in layers], dim=1)
-    torch.testing.assert_close(meta_network(layers)(golden["image"]), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(meta_network(layers, blocks="normed")(golden["image"]), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vit", "vit_gated"])
 @pytest.mark.parametrize(("layer", "key"), [(1, "last"), (0, "block0")])
 def test_transformers_vit_file_gives_the_features_of_transformers(name: str, layer: int, key: str) -> None:
     golden = load_file(DATA / "hf" / name / "io.safetensors")
-    torch.testing.assert_close(hf_network(name, (layer,))(golden["image"]), golden[key], rtol=0, atol=1e-5)
+    network = hf_network(name, (layer,), blocks="normed")
+    torch.testing.assert_close(network(golden["image"]), golden[key], rtol=0, atol=1e-5)
 
 
 def test_transformers_convnext_file_gives_the_features_of_transformers() -> None:
@@ -59,13 +63,51 @@ def test_last_convnext_stage_is_normed_and_brought_to_stride_16() -> None:
     torch.testing.assert_close(hf_network("convnext", (3,))(golden["image"]), expected, rtol=0, atol=1e-5)
 
 
-def test_vit_blocks_equal_forward_intermediates_of_timm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("normed", [True, False])
+def test_vit_blocks_equal_forward_intermediates_of_timm(normed: bool, tmp_path: Path) -> None:
     reference = timm_network("dinov3_vits16", **META_KWARGS)
     save_file(reference.state_dict(), tmp_path / "timm.safetensors")
-    network = FeatureNetwork("dinov3_vits16", tmp_path / "timm.safetensors", layers=(0, 1), timm_kwargs=META_KWARGS)
+    network = FeatureNetwork(
+        "dinov3_vits16",
+        tmp_path / "timm.safetensors",
+        layers=(0, 1),
+        timm_kwargs=META_KWARGS,
+        blocks="normed" if normed else "joined",
+    )
     image = random_image(48, 80)
-    maps = reference.forward_intermediates(image, indices=[0, 1], norm=True, intermediates_only=True)
+    maps = reference.forward_intermediates(image, indices=[0, 1], norm=normed, intermediates_only=True)
     torch.testing.assert_close(network(image), torch.cat(maps, dim=1), rtol=0, atol=0)
+
+
+VITS = pytest.mark.parametrize("network", [meta_network, partial(hf_network, "dinov2")], ids=["rotary", "learned"])
+
+
+def picture_for(network: FeatureNetwork) -> Tensor:
+    return random_image(5 * network.patch_size, 5 * network.patch_size)
+
+
+@VITS
+def test_the_final_norm_follows_the_last_block_always_and_others_if_wanted(network: Any) -> None:
+    image = picture_for(network())
+    last = network().backbone.norm_from
+    assert torch.equal(network((last,))(image), network((last,), blocks="normed")(image))
+    first, normed = network((0,))(image), network((0,), blocks="normed")(image)
+    expected = network().backbone.norm(first.movedim(1, -1)).movedim(-1, 1)
+    torch.testing.assert_close(normed, expected)
+    assert not torch.allclose(first, normed, atol=0.1)
+
+
+@VITS
+def test_averaged_blocks_are_the_mean_of_each(network: Any) -> None:
+    image = picture_for(network())
+    averaged = network((0, 1), blocks="averaged")
+    torch.testing.assert_close(averaged(image), (network((0,))(image) + network((1,))(image)) / 2)
+    assert averaged.num_channels == network((0,)).num_channels
+
+
+def test_a_word_that_says_nothing_of_blocks_is_refused() -> None:
+    with pytest.raises(BundleError, match="blocks 'average' is unknown: did you mean 'averaged'"):
+        meta_network(blocks="average")
 
 
 def test_convnext_stages_equal_forward_intermediates_of_timm(tmp_path: Path) -> None:
@@ -129,7 +171,7 @@ LEARNED_SIZES = [(70, 70), (56, 56), (112, 112), (42, 98)]  # pixels; the first 
 def test_meta_dinov2_file_gives_the_features_of_meta_code(size: tuple[int, int], tmp_path: Path) -> None:
     reference = timm_network("dinov2_vits14", **LEARNED_KWARGS)
     torch.save(to_meta_dinov2(reference.state_dict()), tmp_path / "meta.pth")
-    network = FeatureNetwork("dinov2_vits14", tmp_path / "meta.pth", timm_kwargs=LEARNED_KWARGS)
+    network = FeatureNetwork("dinov2_vits14", tmp_path / "meta.pth", layers=-1, timm_kwargs=LEARNED_KWARGS)
     image = random_image(*size)
     torch.testing.assert_close(network(image), as_meta_does(reference, image), rtol=0, atol=1e-5)
 
@@ -143,7 +185,11 @@ def test_dinov2_with_registers_gives_the_features_of_timm_in_every_layout(
     state = reference.state_dict() if layout == "timm" else to_meta_dinov2(reference.state_dict())
     save_file(state, tmp_path / "file.safetensors")
     network = FeatureNetwork(
-        "dinov2_vits14_reg", tmp_path / "file.safetensors", layers=(0, 1), timm_kwargs=LEARNED_KWARGS
+        "dinov2_vits14_reg",
+        tmp_path / "file.safetensors",
+        layers=(0, 1),
+        timm_kwargs=LEARNED_KWARGS,
+        blocks="normed",
     )
     assert network.publisher == layout
     image = random_image(*size)
@@ -155,7 +201,7 @@ def test_dinov2_with_registers_gives_the_features_of_timm_in_every_layout(
 def test_timm_dinov2_file_gives_the_features_of_timm(size: tuple[int, int], tmp_path: Path) -> None:
     reference = timm_network("dinov2_vits14", **LEARNED_KWARGS)
     save_file(reference.state_dict(), tmp_path / "timm.safetensors")
-    network = FeatureNetwork("dinov2_vits14", tmp_path / "timm.safetensors", timm_kwargs=LEARNED_KWARGS)
+    network = FeatureNetwork("dinov2_vits14", tmp_path / "timm.safetensors", layers=-1, timm_kwargs=LEARNED_KWARGS)
     image = random_image(*size)
     (expected,) = reference.forward_intermediates(image, indices=[1], norm=True, intermediates_only=True)
     torch.testing.assert_close(network(image), expected, rtol=0, atol=1e-5)
@@ -169,7 +215,8 @@ def test_transformers_dinov2_file_gives_the_features_of_transformers(
 ) -> None:
     image = load_file(DATA / "hf" / "dinov2_images.safetensors")[size].float()
     expected = load_file(DATA / "hf" / name / "io.safetensors")[f"{size}_{key}"]
-    torch.testing.assert_close(hf_network(name, (layer,))(image), expected, rtol=0, atol=1e-5)
+    network = hf_network(name, (layer,), blocks="normed")
+    torch.testing.assert_close(network(image), expected, rtol=0, atol=1e-5)
 
 
 def test_without_registers_the_publishers_interpolate_positions_differently(tmp_path: Path) -> None:
@@ -295,7 +342,7 @@ def test_dinov3_that_was_trained_without_biases_is_read(tmp_path: Path) -> None:
     reference = timm.create_model("vit_base_patch16_dinov3", num_classes=0, **META_KWARGS).eval()
     assert not [key for key in reference.state_dict() if key.endswith("q_bias")]
     save_file(reference.state_dict(), tmp_path / "timm.safetensors")
-    network = FeatureNetwork("dinov3_vitb16", tmp_path / "timm.safetensors", timm_kwargs=META_KWARGS)
+    network = FeatureNetwork("dinov3_vitb16", tmp_path / "timm.safetensors", layers=-1, timm_kwargs=META_KWARGS)
     image = random_image(48, 80)
     (expected,) = reference.forward_intermediates(image, indices=[2], norm=True, intermediates_only=True)
     torch.testing.assert_close(network(image), expected)
@@ -335,8 +382,13 @@ def test_stages_after_the_deepest_layer_are_dropped() -> None:
     assert len(FeatureNetwork("efficientnet_lite0", "random", layers=(1,)).backbone.stages) == 2
 
 
-def test_default_of_a_vit_is_the_last_block() -> None:
-    assert meta_network().layers == [2]
+@pytest.mark.parametrize(
+    ("depth", "layers"), [(1, [0]), (3, [0, 1]), (12, [4, 6]), (24, [9, 13]), (32, [12, 18]), (40, [16, 22])]
+)
+@pytest.mark.parametrize("name", ["dinov3_vits16", "dinov2_vits14", "rad_dino"])
+def test_a_vit_is_tapped_after_five_and_seven_twelfths_of_its_depth(name: str, depth: int, layers: list[int]) -> None:
+    kwargs = {"embed_dim": 16, "num_heads": 2, "depth": depth}
+    assert FeatureNetwork(name, "random", timm_kwargs=kwargs).layers == layers
 
 
 # TorchScript

@@ -131,6 +131,28 @@ def test_entries_that_a_mode_does_not_use_are_no_obstacle(checkpoint):
     load_checkpoint(make_detector(trained_settings(checkpoint)), checkpoint)
 
 
+TINY_VIT = {"backbone": "dinov2_vits14", "image_size": 56, "hidden_channels": 8}
+
+
+@pytest.fixture
+def of_a_vit(tmp_path):
+    """A checkpoint of version 0.5: every layer was normed, and the default was the last block."""
+    save_checkpoint(make_detector({**TINY_VIT, "layers": [-1], "blocks": "normed"}, "random"), tmp_path / "vit.pt")
+    return rewritten(tmp_path / "vit.pt", blocks="-")
+
+
+def test_an_earlier_checkpoint_of_a_vit_keeps_its_layers_and_norms_each(of_a_vit):
+    assert read_checkpoint(of_a_vit).identity["layers"] == [11]
+    detector = make_detector(trained_settings(of_a_vit, {"layers": None}), "random")
+    load_checkpoint(detector, of_a_vit)
+    assert (detector.features.layers, detector.features.blocks) == ([11], "normed")
+
+
+def test_an_earlier_checkpoint_of_a_vit_is_refused_by_a_detector_that_taps_it_otherwise(of_a_vit):
+    with pytest.raises(BundleError, match=r"blocks 'normed', not 'averaged'; layers \[11\], not \[4, 6\]"):
+        load_checkpoint(make_detector(TINY_VIT, "random"), of_a_vit)
+
+
 def test_an_entry_of_a_later_version_is_refused_by_name(checkpoint):
     rewritten(checkpoint, slice_mixing=3)
     with pytest.raises(BundleError, match="has 'slice_mixing' in its identity, which this version does not know"):

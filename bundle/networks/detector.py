@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bundle.errors import BundleError, check, shown
+from bundle.networks.backbones import BACKBONES
 from bundle.networks.density import SpatialARDensity, squared_error
 from bundle.networks.detail import Detailed, DetailScore
 from bundle.networks.features import FeatureNetwork
@@ -499,12 +500,20 @@ def decode_identity(stored: Tensor) -> dict[str, Any]:
     return dict(json.loads(bytes(stored.tolist()).decode()))
 
 
+def completed(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """``identity``, with what was meant before it had such an entry, where that is not today's default."""
+    spec = BACKBONES.get(str(identity.get("backbone")))
+    blocks = {"blocks": "normed"} if spec is not None and spec.has_blocks else {}
+    return {"foreground": "all", "detail_layers": [], **blocks} | dict(identity)
+
+
 def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse a model that is not what is ``wanted``, as far as both tell.
 
     Raises:
         BundleError: with all differences in one line.
     """
+    stored = completed(stored)
     different = [name for name in sorted(stored.keys() & wanted.keys()) if not same(stored[name], wanted[name])]
     if different:
         differences = "; ".join(f"{name} {shown(stored[name])}, not {shown(wanted[name])}" for name in different)

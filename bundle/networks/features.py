@@ -7,8 +7,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, check_choice
 from bundle.networks.backbones import BACKBONES
+from bundle.networks.backbones.vit import BLOCKS
 from bundle.networks.weights import load_backbone
 
 CPU_PIXELS = 2 * 320 * 320  # of the images that go through a network at once on a CPU
@@ -29,12 +30,15 @@ class FeatureNetwork(nn.Module):
             ViT-S/14, else EfficientNet-Lite0, both with a warning.
         weights: file or folder of the weights, 'random', or None to look for them (:mod:`bundle.networks.weights`).
         weights_sha256: hash (hex) that the file must have.
-        layers: what to tap, joined in ascending order along the channels; negative ones count from the end. Blocks of a
-            ViT, stages of a convolutional network, see :mod:`bundle.networks.backbones`; None: those of the backbone's
-            row there. A map of another stride is brought to the grid of ``patch_size``.
+        layers: what to tap, in any order; negative ones count from the end. Blocks of a ViT; stages of a convolutional
+            network, which are joined along the channels, those of another stride brought to the grid of
+            ``patch_size``. See :mod:`bundle.networks.backbones`; None: as the kind of backbone has it there.
         detail_layers: what is tapped at its own stride as well, finer than ``patch_size``, all at one; an empty list:
             nothing; None: those of the backbone's row that ``layers`` reach. Transformers have no such layer.
         timm_kwargs: changes of the architecture, as ``timm.create_model`` takes them; for tiny networks in tests.
+        blocks: of a ViT, how tapped blocks become one map: ``averaged``, ``joined`` along the channels, or ``normed``:
+            joined, each after the final norm, as Meta's ``get_intermediate_layers(norm=True)`` has it. The last block
+            of the network is followed by the norm always.
 
     Attributes:
         backbone_name: the backbone that was taken, never 'auto'.
@@ -48,7 +52,7 @@ class FeatureNetwork(nn.Module):
         patch_size: stride of the embeddings, in pixels.
         image_size: default side of an image, in pixels; a multiple of ``patch_size``.
         publisher: whose layout the file of the weights has: 'meta', 'timm' or 'transformers'.
-        keeps_bf16: whether bf16 changes the embeddings by less than 1 %.
+        keeps_bf16: whether bf16 changes the embeddings by about 1 % at most.
 
     Raises:
         BundleError: if a name or layer is unknown, a detail layer is not finer than the grid, or the weights cannot be
@@ -66,6 +70,8 @@ class FeatureNetwork(nn.Module):
         layers: Sequence[int] | int | None = None,
         detail_layers: Sequence[int] | None = None,
         timm_kwargs: dict[str, Any] | None = None,
+        *,
+        blocks: str = "averaged",
     ) -> None:
         super().__init__()
         network, source, self.weights_id = load_backbone(backbone, weights, weights_sha256, timm_kwargs)
@@ -78,14 +84,16 @@ class FeatureNetwork(nn.Module):
         self.keeps_bf16 = spec.keeps_bf16
         self.cpu_pixels = CPU_PIXELS  # 0: any number at once
         depth = spec.depth(network)
-        self.layers = _checked_layers(spec.layers if layers is None else layers, depth, source.backbone)
+        self.blocks = check_choice("blocks", blocks, BLOCKS)
+        layers = spec.default_layers(network) if layers is None else layers
+        self.layers = _checked_layers(layers, depth, source.backbone)
         details = [layer for layer in spec.detail_layers if layer <= self.layers[-1]]
         details = details if detail_layers is None else list(detail_layers)
         self.detail_layers = _checked_layers(details, depth, source.backbone) if details else []
         self.detail_factor = _detail_factor(self.detail_layers, spec.strides, spec.patch, source.backbone)
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1))
-        self.backbone = spec.tapped(network, self.layers, self.detail_layers, source.publisher)
+        self.backbone = spec.tapped(network, self.layers, self.detail_layers, source.publisher, blocks)
         self.requires_grad_(False)
         self.eval()
         side = 4 * self.patch_size
@@ -134,6 +142,7 @@ class FeatureNetwork(nn.Module):
             "weights": self.weights_id,
             "layers": self.layers,
             "detail_layers": self.detail_layers,
+            **({"blocks": self.blocks} if spec.has_blocks else {}),
             "mean": list(spec.mean),
             "std": list(spec.std),
             **spec.describe(self.publisher),

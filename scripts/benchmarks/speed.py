@@ -158,9 +158,15 @@ def bare_network(setting: Setting) -> Any:
     return network.requires_grad_(False).eval().to(setting.device)
 
 
+def paper_layers(backbone: str) -> int | None:
+    """What is tapped here: the last block of a ViT, as in the paper; of other kinds what the bundle taps by default."""
+    return -1 if BACKBONES[backbone].has_blocks else None
+
+
 def bare_features(network: Any, backbone: str, images: Tensor) -> list[Tensor]:
-    """timm's own ``forward_intermediates`` of ``images`` [B, 3, H, W], up to the deepest layer that the bundle taps."""
-    layers = list(BACKBONES[backbone].layers)
+    """timm's own ``forward_intermediates`` of ``images`` [B, 3, H, W], up to the deepest layer that is tapped."""
+    last = paper_layers(backbone)
+    layers = list(BACKBONES[backbone].default_layers(network)) if last is None else [last]
     if hasattr(network, "conv_stem"):  # an EfficientNet, where timm counts the stem as block 0
         return network.forward_intermediates(
             images, [layer + 1 for layer in layers], stop_early=True, intermediates_only=True, extra_blocks=True
@@ -260,12 +266,12 @@ def build_paper(setting: Setting, workspace: Path) -> Runner:
 
 def make_features(setting: Setting) -> FeatureNetwork:
     """The feature network of this bundle."""
-    return FeatureNetwork(setting.backbone, setting.weights).to(setting.device)
+    return FeatureNetwork(setting.backbone, setting.weights, layers=paper_layers(setting.backbone)).to(setting.device)
 
 
 def make_detector(setting: Setting) -> AnomalyDetector:
     """This bundle's detector with the paper's density; the same initial weights at every call."""
-    features = FeatureNetwork(setting.backbone, setting.weights)
+    features = FeatureNetwork(setting.backbone, setting.weights, layers=paper_layers(setting.backbone))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         density = SpatialARDensity(

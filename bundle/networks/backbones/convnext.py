@@ -60,7 +60,11 @@ class ConvNext(BackboneSpec):
         """The number of stages."""
         return len(self.strides)
 
-    def tapped(self, network: Any, layers: list[int], details: list[int], publisher: str) -> nn.Module:
+    def default_layers(self, network: Any) -> tuple[int, ...]:
+        """See :class:`BackboneSpec`."""
+        return self.layers
+
+    def tapped(self, network: Any, layers: list[int], details: list[int], publisher: str, blocks: str) -> nn.Module:
         """See :class:`BackboneSpec`."""
         *stages, last = network.stages
         # Meta norms the last stage, and only it

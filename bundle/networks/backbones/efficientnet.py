@@ -31,7 +31,11 @@ class EfficientNet(BackboneSpec):
         """The number of stages."""
         return len(self.strides)
 
-    def tapped(self, network: Any, layers: list[int], details: list[int], publisher: str) -> nn.Module:
+    def default_layers(self, network: Any) -> tuple[int, ...]:
+        """See :class:`BackboneSpec`."""
+        return self.layers
+
+    def tapped(self, network: Any, layers: list[int], details: list[int], publisher: str, blocks: str) -> nn.Module:
         """See :class:`BackboneSpec`."""
         stem = nn.Sequential(network.conv_stem, network.bn1)
         return Stages(stem, list(network.blocks), self.strides, layers, details, self.patch)

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bundle.networks.backbones.spec import BackboneSpec, Layout, State, rename
+from bundle.networks.backbones.spec import Layout, State, rename
+from bundle.networks.backbones.vit import Vit
 
 META = (
     (r"^register_tokens$", "reg_token"),
@@ -79,8 +80,8 @@ INTERPOLATIONS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnedVit(BackboneSpec):
-    """A ViT with learned positions. Layers are blocks, each followed by the final norm.
+class LearnedVit(Vit):
+    """A ViT with learned positions. Layers are blocks.
 
     Positions come to another grid as the publisher of the file does it; all agree where there are registers.
 
@@ -104,13 +105,10 @@ class LearnedVit(BackboneSpec):
         """How the positions of a file of ``publisher`` come to another grid."""
         return ANTIALIASED if self.registers else INTERPOLATIONS[publisher]
 
-    def depth(self, network: Any) -> int:
-        """The number of blocks."""
-        return len(network.blocks)
-
-    def tapped(self, network: Any, layers: list[int], details: list[int], publisher: str) -> nn.Module:
+    def tapped(self, network: Any, layers: list[int], details: list[int], publisher: str, blocks: str) -> nn.Module:
         """See :class:`BackboneSpec`."""
-        return _Blocks(network, layers, self.interpolation(publisher))
+        norm_from, averages = self.norm_from(network, blocks), blocks == "averaged"
+        return _Blocks(network, layers, norm_from, averages, self.interpolation(publisher))
 
     def describe(self, publisher: str) -> dict[str, Any]:
         """How positions are interpolated."""
@@ -118,13 +116,15 @@ class LearnedVit(BackboneSpec):
 
 
 class _Blocks(nn.Module):
-    """The blocks up to the deepest tapped one.
+    """The blocks up to the deepest tapped one, followed by the final norm from block ``norm_from`` on.
 
-    The same as timm's ``VisionTransformer.forward_intermediates(norm=True)``, which TorchScript refuses, but for the
-    interpolation of positions.
+    The same as timm's ``VisionTransformer.forward_intermediates``, which TorchScript refuses, but for the interpolation
+    of positions.
     """
 
-    def __init__(self, network: Any, layers: list[int], interpolation: Interpolation) -> None:
+    def __init__(
+        self, network: Any, layers: list[int], norm_from: int, averages: bool, interpolation: Interpolation
+    ) -> None:
         super().__init__()
         self.patch_embed, self.norm = network.patch_embed, network.norm
         prefix, positions = network.cls_token, network.pos_embed
@@ -137,6 +137,8 @@ class _Blocks(nn.Module):
         self.positions = Positions(learned, interpolation)
         self.blocks = network.blocks[: layers[-1] + 1]
         self.layers = layers
+        self.norm_from = norm_from
+        self.averages = averages
 
     def forward(self, image: Tensor) -> Tensor:
         patches = self.patch_embed(image)
@@ -147,9 +149,10 @@ class _Blocks(nn.Module):
         for index, block in enumerate(self.blocks):
             tokens = block(tokens)
             if index in self.layers:
-                embeddings = self.norm(tokens)[:, self.prefix.shape[1] :]
+                embeddings = self.norm(tokens) if index >= self.norm_from else tokens
+                embeddings = embeddings[:, self.prefix.shape[1] :]
                 maps.append(embeddings.transpose(1, 2).unflatten(2, [height, width]))
-        return torch.cat(maps, dim=1)
+        return torch.stack(maps).mean(dim=0) if self.averages else torch.cat(maps, dim=1)
 
 
 class Positions(nn.Module):

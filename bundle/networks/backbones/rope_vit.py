@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bundle.networks.backbones.spec import DINOV3_PAGE, BackboneSpec, Layout, State, dinov3_files, rename
+from bundle.networks.backbones.spec import DINOV3_PAGE, Layout, State, dinov3_files, rename
+from bundle.networks.backbones.vit import Vit
 
 META = (
     (r"^storage_tokens$", "reg_token"),
@@ -60,8 +61,8 @@ def _from_transformers(state: State) -> State:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeVit(BackboneSpec):
-    """A ViT with rotary positions. Layers are blocks, each followed by the final norm."""
+class RopeVit(Vit):
+    """A ViT with rotary positions. Layers are blocks."""
 
     license: str = "DINOv3"
     page: str = DINOV3_PAGE
@@ -79,27 +80,25 @@ class RopeVit(BackboneSpec):
             state |= {key: torch.zeros_like(value) for key, value in biases.items()}
         return publisher, state
 
-    def depth(self, network: Any) -> int:
-        """The number of blocks."""
-        return len(network.blocks)
-
-    def tapped(self, network: Any, layers: list[int], details: list[int], publisher: str) -> nn.Module:
+    def tapped(self, network: Any, layers: list[int], details: list[int], publisher: str, blocks: str) -> nn.Module:
         """See :class:`BackboneSpec`."""
-        return _Blocks(network, layers)
+        return _Blocks(network, layers, self.norm_from(network, blocks), blocks == "averaged")
 
 
 class _Blocks(nn.Module):
-    """The blocks up to the deepest tapped one.
+    """The blocks up to the deepest tapped one, followed by the final norm from block ``norm_from`` on.
 
-    The same as timm's ``Eva.forward_intermediates(norm=True)``, which TorchScript refuses.
+    The same as timm's ``Eva.forward_intermediates``, which TorchScript refuses.
     """
 
-    def __init__(self, network: Any, layers: list[int]) -> None:
+    def __init__(self, network: Any, layers: list[int], norm_from: int, averages: bool) -> None:
         super().__init__()
         self.patch_embed, self.rope, self.norm = network.patch_embed, network.rope, network.norm
         self.cls_token, self.reg_token = network.cls_token, network.reg_token
         self.blocks = network.blocks[: layers[-1] + 1]
         self.layers = layers
+        self.norm_from = norm_from
+        self.averages = averages
 
     def forward(self, image: Tensor) -> Tensor:
         patches = self.patch_embed(image)
@@ -111,9 +110,10 @@ class _Blocks(nn.Module):
         for index, block in enumerate(self.blocks):
             tokens = block(tokens, rope=rope)
             if index in self.layers:
-                embeddings = self.norm(tokens)[:, prefix.shape[1] :]
+                embeddings = self.norm(tokens) if index >= self.norm_from else tokens
+                embeddings = embeddings[:, prefix.shape[1] :]
                 maps.append(embeddings.transpose(1, 2).unflatten(2, [height, width]))
-        return torch.cat(maps, dim=1)
+        return torch.stack(maps).mean(dim=0) if self.averages else torch.cat(maps, dim=1)
 
 
 def _dinov3(name: str, timm_name: str) -> RopeVit:

@@ -55,15 +55,15 @@ class BackboneSpec(ABC):
         files: names of weights files without their suffix, as patterns; see :meth:`file_patterns`.
         repository: on the model hub, with a ``model.safetensors``; default: that of timm.
         package: that holds the weights, if there is one; then neither folder nor hub is searched.
-        layers: what is tapped by default; -1 is the last one.
         detail_layers: what is tapped at its own finer stride by default; kinds that have none know no such layer.
         strides: of every layer, in pixels; empty where all have that of the grid.
         mean: of each color channel that the input is normalized with, for images in [0, 1].
         std: the deviation to match.
         patch: stride of the output grid, in pixels.
         image_size: default side of an image, in pixels; a multiple of ``patch``.
-        keeps_bf16: whether bf16 changes the embeddings by less than 1 %. A ViT-S/16 and a ConvNeXt with random weights
-            change by half a percent at most, a pretrained ViT-S/14 by 0.6 %, EfficientNet-Lite0 by several
+        has_blocks: whether it is a ViT, of which the setting ``blocks`` speaks.
+        keeps_bf16: whether bf16 changes the embeddings by about 1 % at most. A ViT-S/16 and a ConvNeXt with random
+            weights change by half a percent, a pretrained ViT-S/14 by 0.8 to 1.1 %, EfficientNet-Lite0 by several
             (``docs/performance.md``).
     """
 
@@ -73,7 +73,6 @@ class BackboneSpec(ABC):
     files: tuple[str, ...] = ()
     repository: str = ""
     package: Package | None = None
-    layers: tuple[int, ...] = (-1,)
     detail_layers: tuple[int, ...] = ()
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
@@ -82,6 +81,7 @@ class BackboneSpec(ABC):
     keeps_bf16: bool = True
 
     strides: ClassVar[tuple[int, ...]] = ()
+    has_blocks: ClassVar[bool] = False
     layouts: ClassVar[tuple[Layout, ...]] = ()
     timm_kwargs: ClassVar[Mapping[str, Any]] = {}
 
@@ -90,14 +90,19 @@ class BackboneSpec(ABC):
         """How many layers of the timm ``network`` can be tapped."""
 
     @abstractmethod
-    def tapped(self, network: Any, layers: list[int], details: list[int], publisher: str) -> nn.Module:
-        """A scriptable module that gives the joined maps of ``layers`` of the timm ``network``.
+    def default_layers(self, network: Any) -> tuple[int, ...]:
+        """Which layers of the timm ``network`` are tapped where nothing is said."""
+
+    @abstractmethod
+    def tapped(self, network: Any, layers: list[int], details: list[int], publisher: str, blocks: str) -> nn.Module:
+        """A scriptable module that gives one map of ``layers`` of the timm ``network``.
 
         Args:
             network: with its weights loaded.
             layers: not negative, ascending.
             details: the same, of layers with a finer stride than the grid; empty where there are no ``strides``.
             publisher: of the weights file, see :class:`Layout`.
+            blocks: how those of a ViT come together, see :data:`~bundle.networks.backbones.vit.BLOCKS`.
 
         Returns:
             From normalized images [B, 3, H, W] to embeddings [B, C, H // patch, W // patch], followed along the
