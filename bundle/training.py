@@ -179,6 +179,13 @@ class FitBeforeTraining:
 class Calibration:
     """Fits covariance and scores, sets thresholds and writes the checkpoint: a handler, placed after the state.
 
+    Each patient counts once for the threshold of images, by the largest score of all slices, be they one volume or many
+    pictures. Patients are what is exchangeable; slices of one patient are alike, and a threshold from all of them would
+    promise more than their number of patients can. The largest score is a careful choice for pictures, which are scored
+    one by one in use: *no* picture of a healthy patient exceeds the threshold with a probability of 1 - rate at least,
+    so a single one exceeds it no more often than the rate. In return pictures need no other rule than volumes, and one
+    score a patient makes the promise and its interval exact, however many pictures a patient has.
+
     Args:
         detector: whose density was trained.
         training: healthy embeddings that scores are fitted to.
@@ -188,7 +195,7 @@ class Calibration:
         tracker: its run keeps the checkpoint.
         patches: about how many patches fits look at.
         false_positive_rate: of healthy patches, in (0, 1), see :meth:`AnomalyDetector.calibrate`.
-        image_false_positive_rate: of healthy cases, in (0, 1).
+        image_false_positive_rate: of healthy patients, in (0, 1).
     """
 
     def __init__(
@@ -222,7 +229,7 @@ class Calibration:
     def calibrate(self) -> None:
         """Finish the detector, and write it."""
         self.compute.run(self.detector.fit_after_training, self.training.batches(self.patches))
-        self.compute.run(self.detector.calibrate, self.validation.batches(), self.validation.cases, *self.rates)
+        self.compute.run(self.detector.calibrate, self.validation.batches(), self.validation.patients, *self.rates)
         save_checkpoint(self.detector, self.path)
         self.tracker.log({}, {"checkpoint": [self.path]})
 

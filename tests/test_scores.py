@@ -175,7 +175,7 @@ def test_a_patch_of_a_new_image_exceeds_the_threshold_by_one_in_images_plus_one_
 def test_too_few_images_to_promise_the_rate_are_named(caplog):
     with caplog.at_level(logging.WARNING):
         assert conformal_threshold(torch.tensor([1.0, 3.0, 2.0]), 0.05, "images") == 3.0
-    assert "3 healthy validation images can't promise a false positive rate of 0.05, only 0.25" in caplog.text
+    assert "3 scores of healthy validation images can't promise a false positive rate of 0.05, only 0.25" in caplog.text
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, 7])

@@ -239,7 +239,7 @@ def check_rate(name: str, rate: float) -> float:
 
 
 def largest_of_each(scores: Tensor, cases: Sequence[int]) -> Tensor:
-    """The largest of the ``scores`` [slices] of each case, as a study is scored by its worst slice."""
+    """The largest of the ``scores`` [slices] of each case or patient, as a study is scored by its worst slice."""
     groups = torch.as_tensor(cases, device=scores.device)
     found = scores.new_full((int(groups.max()) + 1,), -torch.inf).scatter_reduce(0, groups, scores, "amax")
     return found[torch.isfinite(found)]
@@ -271,7 +271,7 @@ def conformal_threshold(healthy: Tensor, false_positive_rate: float, what: str) 
     rank = math.ceil((len(ordered) + 1) * (1 - false_positive_rate) - 1e-9)
     if rank > len(ordered):
         logger.warning(
-            f"{len(ordered)} healthy validation {what} can't promise a false positive rate of {false_positive_rate}, "
-            f"only {1 / (len(ordered) + 1):.3g}: the threshold is the largest of their scores; give more of them"
+            f"{len(ordered)} scores of healthy validation {what} can't promise a false positive rate of "
+            f"{false_positive_rate}, only {1 / (len(ordered) + 1):.3g}: the threshold is the largest of them; give more"
         )
     return float(ordered[min(rank, len(ordered)) - 1])
