@@ -28,7 +28,7 @@ from bundle.data.embeddings import EmbeddingDataset
 from bundle.distributed import check_synchronized
 from bundle.errors import BundleError, check, check_choice
 from bundle.networks.detector import AnomalyDetector
-from bundle.networks.scores import check_rate
+from bundle.networks.scores import check_rate, rate_interval
 from bundle.networks.weights import weights_id
 from bundle.tracking import Tracker
 
@@ -230,8 +230,22 @@ class Calibration:
         """Finish the detector, and write it."""
         self.compute.run(self.detector.fit_after_training, self.training.batches(self.patches))
         self.compute.run(self.detector.calibrate, self.validation.batches(), self.validation.patients, *self.rates)
+        logger.info(self.promise())
         save_checkpoint(self.detector, self.path)
         self.tracker.log({}, {"checkpoint": [self.path]})
+
+    def promise(self) -> str:
+        """What the threshold of images holds with as many validation patients as there are, in one line."""
+        images, patients = len(self.validation.data), len(set(self.validation.patients))
+        who = f"{images} healthy validation images"
+        if patients < images:
+            who += f" of {patients} patients, each of whom counts once,"
+        wanted = self.rates[1]
+        low, high = rate_interval(patients, wanted)
+        return (
+            f"image threshold {float(self.detector.image_threshold):.3g}: wanted false positive rate {wanted:g}; with "
+            f"{who} the true rate lies between {low:.2g} and {high:.2g} (90 %)"
+        )
 
 
 class TrainingState:
