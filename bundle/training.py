@@ -28,7 +28,7 @@ from bundle.data.embeddings import EmbeddingDataset
 from bundle.distributed import check_synchronized
 from bundle.errors import BundleError, check, check_choice
 from bundle.networks.detector import AnomalyDetector
-from bundle.networks.scores import check_rate
+from bundle.networks.scores import check_rate, rate_interval
 from bundle.networks.weights import weights_id
 from bundle.tracking import Tracker
 
@@ -197,6 +197,13 @@ class FitBeforeTraining:
 class Calibration:
     """Fits covariance and scores, sets thresholds and writes the checkpoint: a handler, placed after the state.
 
+    Each patient counts once for the threshold of images, by the largest score of all slices, be they one volume or many
+    pictures. Patients are what is exchangeable; slices of one patient are alike, and a threshold from all of them would
+    promise more than their number of patients can. The largest score is a careful choice for pictures, which are scored
+    one by one in use: *no* picture of a healthy patient exceeds the threshold with a probability of 1 - rate at least,
+    so a single one exceeds it no more often than the rate. In return pictures need no other rule than volumes, and one
+    score a patient makes the promise and its interval exact, however many pictures a patient has.
+
     Args:
         detector: whose density was trained.
         training: healthy embeddings that scores are fitted to.
@@ -206,7 +213,7 @@ class Calibration:
         tracker: its run keeps the checkpoint.
         patches: about how many patches fits look at.
         false_positive_rate: of healthy patches, in (0, 1), see :meth:`AnomalyDetector.calibrate`.
-        image_false_positive_rate: of healthy cases, in (0, 1).
+        image_false_positive_rate: of healthy patients, in (0, 1).
     """
 
     def __init__(
@@ -240,11 +247,25 @@ class Calibration:
     def calibrate(self) -> None:
         """Finish the detector, and write it."""
         self.compute.run(self.detector.fit_after_training, self.training.batches(self.patches))
-        self.compute.run(self.detector.calibrate, self.validation.batches(), self.validation.cases, *self.rates)
+        self.compute.run(self.detector.calibrate, self.validation.batches(), self.validation.patients, *self.rates)
+        logger.info(self.promise())
         nats = self.compute.run(self.detector.healthy_log_likelihood, self.validation.batches())
         logger.info(f"the healthy validation images have a log-likelihood of {nats:.2f} nats per foreground patch")
         save_checkpoint(self.detector, self.path)
         self.tracker.log({"healthy_log_likelihood": nats}, {"checkpoint": [self.path]})
+
+    def promise(self) -> str:
+        """What the threshold of images holds with as many validation patients as there are, in one line."""
+        images, patients = len(self.validation.data), len(set(self.validation.patients))
+        who = f"{images} healthy validation images"
+        if patients < images:
+            who += f" of {patients} patients, each of whom counts once,"
+        wanted = self.rates[1]
+        low, high = rate_interval(patients, wanted)
+        return (
+            f"image threshold {float(self.detector.image_threshold):.3g}: wanted false positive rate {wanted:g}; with "
+            f"{who} the true rate lies between {low:.2g} and {high:.2g} (90 %)"
+        )
 
 
 class TrainingState:

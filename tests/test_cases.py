@@ -14,7 +14,7 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 
 from bundle.data import find_images, find_splits, keep_readable, read_splits
-from bundle.data.cases import add_keys
+from bundle.data.cases import add_keys, number_patients
 from bundle.errors import BundleError
 from bundle.files import content_key
 from bundle.transforms import ExtractSlicesd, LoadCased
@@ -294,3 +294,95 @@ def test_learns_from_as_many_healthy_images_as_wanted_always_the_same(tmp_path):
     assert len(names[0]) == 4 and names[0] == names[1] != names[2] and len(names[3]) == 10
     with pytest.raises(BundleError, match="healthy_images is 0"):
         read_splits(tmp_path, lambda case: case, healthy_images=0)
+
+
+def slices(root, split="train/good", patients=range(4), count=6):
+    """Slices of patients as pictures, named by patient and slice."""
+    for patient in patients:
+        for index in range(count):
+            picture(root / split / f"p{patient:02}_{index:03}.png")
+    return root
+
+
+BEFORE_LAST_NUMBER = r"(.*\D)\d+\D*$"
+
+
+@pytest.mark.parametrize("pattern", [r"(p\d+)_(\d+)", r"^p\d+", BEFORE_LAST_NUMBER])
+def test_slices_of_a_patient_stored_as_pictures_stay_in_one_split(tmp_path, pattern):
+    splits = find_splits(slices(tmp_path), patient_pattern=pattern)
+    stems = [{Path(case["image"]).stem[:3] for case in splits[split]} for split in ("training", "validation")]
+    assert len(splits["validation"]) == 6 and len(stems[1]) == 1
+    assert not stems[0] & stems[1]
+
+
+def test_a_pattern_sees_a_patient_in_two_splits_whose_folders_differ(tmp_path):
+    slices(slices(tmp_path, patients=[1, 2]), "valid/good/img", patients=[2, 3])
+    assert len(find_splits(tmp_path)["validation"]) == 12
+    with pytest.raises(BundleError, match=r"p02_000.png' \(training\) and .*p02_000.png' \(validation\) are of one"):
+        find_splits(tmp_path, patient_pattern="^(.+)_")
+
+
+def test_a_pattern_sees_folders_of_patients(tmp_path):
+    for patient in ("ann", "bob"):
+        for index in range(3):
+            picture(tmp_path / "train" / "good" / patient / f"{index}.png")
+    assert len(find_splits(tmp_path, patient_pattern="^([^/]+)/")["validation"]) == 3
+
+
+def test_a_datalist_goes_before_a_pattern_and_a_pattern_before_a_subject_in_the_name(tmp_path):
+    training = [{"image": "sub-1_a.png", "patient": "x"}, "sub-2_a.png", "sub-3_a.png", "sub-3_b.png"]
+    (tmp_path / "data.json").write_text(json.dumps({"training": training}))
+    splits = find_splits(tmp_path / "data.json", patient_pattern="_(.)$")
+    patients = {case["name"]: case["patient"] for split in splits.values() for case in split}
+    assert patients == {"sub-1_a": "x", "sub-2_a": "a", "sub-3_a": "a", "sub-3_b": "b"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(p", r"patient_pattern '\(p' is no regular expression \(missing \).*\): give one whose first group"),
+        (r"(x\d+)_", r"patient_pattern '\(x\\d\+\)_' finds no patient in any name, such as 'p00_000': give"),
+        ("(x*)", r"finds no patient in any name"),
+    ],
+)
+def test_a_pattern_that_is_none_or_finds_no_patient_is_refused(tmp_path, pattern, message):
+    with pytest.raises(BundleError, match=message) as caught:
+        find_splits(slices(tmp_path), patient_pattern=pattern)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_in_which_a_pattern_finds_no_patient_are_counted(tmp_path, caplog):
+    picture(slices(tmp_path) / "train/good/other.png")
+    find_splits(tmp_path, patient_pattern=r"p\d+")
+    assert "finds no patient in 1 of 25 names, such as 'other'" in caplog.text
+
+
+def test_names_that_look_like_slices_of_patients_are_told_with_the_pattern_that_groups_them(tmp_path, caplog):
+    find_splits(slices(tmp_path))
+    assert "names such as 'p00_000' look like 24 slices of 4 patients" in caplog.text
+    assert f"give --patient_pattern '{BEFORE_LAST_NUMBER}'" in caplog.text
+    caplog.clear()
+    find_splits(tmp_path, patient_pattern=BEFORE_LAST_NUMBER)
+    assert "look like" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"no{index}" for index in range(20)],  # one number, of the image
+        [f"{group}{index}" for group in ("te", "tr") for index in range(20)],
+        [f"{index:05}" for index in range(20)],
+        [f"p{index}_{side}1" for index in range(20) for side in "lr"],  # two images each
+        [f"sub-{patient}_slice-{index}" for patient in range(4) for index in range(6)],  # whom the name tells apart
+    ],
+)
+def test_names_that_do_not_look_like_slices_or_tell_the_patient_raise_no_warning(tmp_path, caplog, names):
+    for name in names:
+        picture(tmp_path / f"{name}.png")
+    find_splits(tmp_path)
+    assert caplog.text == ""
+
+
+def test_patients_have_numbers_and_a_case_of_nobody_known_one_of_its_own():
+    cases = [{"name": name, "image": f"{name}.png"} for name in ("sub-1_a", "x", "sub-2_a", "sub-1_b", "y")]
+    assert number_patients(cases) == [0, 1, 2, 0, 3]

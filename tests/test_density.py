@@ -144,13 +144,13 @@ def test_bidirectional_says_by_a_warning_whether_it_sees_its_own_target(dilation
     density = paper_density(2, dilations, "bidirectional", kernel_size=kernel_size)
     leaks = (0, 0) in seen_offsets(density, size=63)
     assert ("gives no likelihood" in caplog.text) == leaks
-    assert density.likelihood == ("none" if leaks else "pseudo")
+    assert density.likelihood == ("none" if leaks else "composite")
 
 
 def test_every_density_is_named_for_the_likelihood_that_it_gives(caplog):
-    assert SpatialARDensity(64).likelihood == SpatialARDensity(64, "streams").likelihood == "pseudo"
+    assert SpatialARDensity(64).likelihood == SpatialARDensity(64, "streams").likelihood == "composite"
     assert paper_density(3, [4] * 5).likelihood == "joint"
-    assert paper_density(3, [1], orders=2).likelihood == "pseudo"
+    assert paper_density(3, [1], orders=2).likelihood == "composite"
     assert "likelihood" not in caplog.text
     assert paper_density(3, [1], "standard").likelihood == "none"
 

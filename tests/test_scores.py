@@ -14,6 +14,7 @@ from bundle.networks.scores import (
     PatchScore,
     conformal_threshold,
     largest_of_each,
+    rate_interval,
     weighted_mean,
 )
 
@@ -298,10 +299,20 @@ def test_a_patch_of_a_new_image_exceeds_the_threshold_by_one_in_images_plus_one_
 def test_too_few_images_to_promise_the_rate_are_named(caplog):
     with caplog.at_level(logging.WARNING):
         assert conformal_threshold(torch.tensor([1.0, 3.0, 2.0]), 0.05, "images") == 3.0
-    assert "3 healthy validation images can't promise a false positive rate of 0.05, only 0.25" in caplog.text
+    assert "3 scores of healthy validation images can't promise a false positive rate of 0.05, only 0.25" in caplog.text
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, 7])
 def test_refuses_a_rate_out_of_range(rate):
     with pytest.raises(BundleError, match=r"must be in \(0, 1\)"):
         conformal_threshold(torch.rand(5), rate, "patches")
+
+
+@pytest.mark.parametrize(("count", "rate"), [(25, 0.05), (100, 0.05), (5, 0.05), (30, 0.2)])
+def test_nine_of_ten_sites_have_a_true_rate_in_the_interval_and_as_many_lie_below_as_above(count, rate):
+    generator = torch.Generator().manual_seed(0)
+    low, high = rate_interval(count, rate)
+    sites = torch.rand(4000, count, generator=generator)  # the true rate above a threshold t is 1 - t
+    rates = torch.tensor([1 - conformal_threshold(scores, rate, "images") for scores in sites])
+    assert float((rates < low).float().mean()) == pytest.approx(0.05, abs=0.012)
+    assert float((rates > high).float().mean()) == pytest.approx(0.05, abs=0.012)

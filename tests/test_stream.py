@@ -184,3 +184,10 @@ def test_moments_are_those_of_all_patches(detector, files, tmp_path):
     patches = torch.cat(list(dataset.batches())).transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean, patches.mean(1), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(deviation, patches.std(1, correction=0), atol=1e-4, rtol=1e-4)
+
+
+def test_slices_know_their_patient_though_they_are_of_several_images(detector, files, tmp_path):
+    cases = [files[0] | {"patient": "x"}, files[1], files[2] | {"patient": "x"}]
+    patients = cached(detector, cases, tmp_path / "cache", decoded(files, [])).patients
+    slices = [one["image"].shape[-1] for one in CASES[:3]]
+    assert patients == [0] * slices[0] + [1] * slices[1] + [0] * slices[2]

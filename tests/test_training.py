@@ -10,8 +10,11 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from bundle.checkpoint import load_checkpoint, save_checkpoint
+from bundle.compute import Compute
 from bundle.errors import BundleError
+from bundle.networks.scores import largest_of_each
 from bundle.training import (
+    Calibration,
     HealthyMaps,
     MovingAverage,
     NoisyFeatures,
@@ -228,3 +231,44 @@ def test_a_checkpoint_takes_16_bits_a_weight_and_gives_the_same_scores(detector,
     assert {stored[key].dtype for key in stored if key.startswith("density.contexts")} == {torch.float16}
     load_checkpoint(detector, tmp_path / "model.pt")
     assert torch.equal(detector.score_patches(batch)[0], before)
+
+
+def calibrated(detector, path, patients, images):
+    """A calibration with as many slices as there are numbers in ``patients``."""
+    torch.manual_seed(0)
+    maps = random_maps(detector.features, len(patients))
+    healthy = SimpleNamespace(batches=lambda *_: [maps], patients=patients, data=[{}] * images)
+    log = SimpleNamespace(log=lambda *_: None)
+    Calibration(
+        detector, healthy, healthy, Compute("cpu", "fp32"), path, log, image_false_positive_rate=0.2
+    ).calibrate()
+    return detector.image_score(*detector.score_patches(maps))
+
+
+def test_a_patient_counts_once_for_the_threshold_of_images_by_the_worst_slice(detector, tmp_path):
+    patients = [number for number in range(5) for _ in range(4)]
+    scores = calibrated(detector, tmp_path / "model.pt", patients, 20)
+    worst = largest_of_each(scores, patients).sort().values
+    assert float(detector.image_threshold) == pytest.approx(float(worst[-1]), abs=1e-4)  # the 5th of 5, not 17th of 20
+
+
+@pytest.mark.parametrize(
+    ("patients", "images", "line"),
+    [
+        (list(range(24)), 24, "with 24 healthy validation images the true rate lies between 0.086 and 0.34 (90 %)"),
+        (
+            [number for number in range(5) for _ in range(4)],
+            20,
+            "with 20 healthy validation images of 5 patients, each of whom counts once, the true rate lies between "
+            "0.01 and 0.45 (90 %)",
+        ),
+        ([0, 0, 1, 1], 2, "with 2 healthy validation images the true rate"),  # volumes
+    ],
+)
+def test_calibration_says_between_what_rates_the_threshold_of_this_site_lies(
+    detector, tmp_path, caplog, patients, images, line
+):
+    with caplog.at_level("INFO"):
+        calibrated(detector, tmp_path / "model.pt", patients, images)
+    said = [record.message for record in caplog.records if record.message.startswith("image threshold ")]
+    assert len(said) == 1 and "wanted false positive rate 0.2; " + line in said[0]

@@ -1,9 +1,9 @@
 """What to train, validate, test and infer on: from a folder or a datalist to lists of cases.
 
 A case is a dictionary: ``image`` (path, or the files of a DICOM series), ``name`` (unique, used for outputs), for
-labeled sets ``mask`` (path) and ``label`` (1 if anomalous), ``patient`` where a datalist says so, and, once it is
-embedded or looked for in the feature cache, ``key`` (of its content). All files are read once before work begins, so
-that a bad one is named in the first seconds.
+labeled sets ``mask`` (path) and ``label`` (1 if anomalous), ``patient`` where a datalist or a rule for names says so,
+and, once it is embedded or looked for in the feature cache, ``key`` (of its content). All files are read once before
+work begins, so that a bad one is named in the first seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, dropwhile
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -38,7 +39,13 @@ _SPLIT_FOLDERS = {"training": ("train",), "validation": ("valid", "val", "valida
 _CLASS_FOLDERS = {0: ("good",), 1: ("ungood", "bad", "anomaly")}
 _IMAGE_FOLDERS = ("img", "images", "image")
 _MASK_FOLDERS = ("label", "labels", "anomaly_mask", "mask", "masks")
+_LAYOUT_FOLDERS = {
+    *chain.from_iterable((*_SPLIT_FOLDERS.values(), *_CLASS_FOLDERS.values())),
+    *_IMAGE_FOLDERS,
+}
 _BIDS_SUBJECT = re.compile(r"(?:^|[/_])(sub-[0-9a-zA-Z]+)(?=[/_.]|$)")
+_BEFORE_LAST_NUMBER = re.compile(r"(.*\D)\d+\D*$")  # 'p01_' of 'p01_045', where the last number may be a slice's
+_SLICES_EACH = 3  # files or more that have all but the last number in common look like slices of a patient
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +59,7 @@ def read_splits(
     needed: Sequence[str] = SPLITS,
     store: Container[str] | None = None,
     healthy_images: int | None = None,
+    patient_pattern: str | None = None,
 ) -> dict[str, list[Case]]:
     """The readable cases of each split of a data set, see :func:`find_splits` and :func:`keep_readable`.
 
@@ -66,12 +74,13 @@ def read_splits(
         store: the feature cache; healthy images that it knows by their content were read before, and are not again.
             Each healthy case then has its ``key``. None: there is no cache to look into.
         healthy_images: how many of the training images are used, drawn by ``seed``; None: all.
+        patient_pattern: see :func:`find_splits`.
 
     Raises:
         BundleError: for bad data, or if a split that alone is needed is empty.
     """
     path = Path(dataset_dir)
-    splits = find_splits(path, seed, needed)
+    splits = find_splits(path, seed, needed, patient_pattern)
     if healthy_images is not None:
         if healthy_images < 1:
             raise BundleError(f"healthy_images is {healthy_images}: give at least 1, or null for all")
@@ -113,7 +122,12 @@ def add_keys(cases: list[Case]) -> None:
             unknown[index]["key"] = key
 
 
-def find_splits(dataset_dir: str | os.PathLike, seed: int = 0, needed: Sequence[str] = SPLITS) -> dict[str, list[Case]]:
+def find_splits(
+    dataset_dir: str | os.PathLike,
+    seed: int = 0,
+    needed: Sequence[str] = SPLITS,
+    patient_pattern: str | None = None,
+) -> dict[str, list[Case]]:
     """The cases of each split of a data set; nothing is read but names.
 
     Args:
@@ -122,8 +136,12 @@ def find_splits(dataset_dir: str | os.PathLike, seed: int = 0, needed: Sequence[
             ``test``, whose items have ``image``, for tests ``label`` (0, 1, or the path of a mask) or ``mask``, and
             perhaps ``patient``.
         seed: chooses the healthy validation cases where the set brings none: all images of a patient or none. The
-            patient is that of the datalist, of the DICOM header, or the BIDS subject (``sub-...``) in the file's name.
+            patient is that of the datalist, of ``patient_pattern``, of the DICOM header, or the BIDS subject
+            (``sub-...``) in the file's name, whichever is known first.
         needed: the splits that are looked for; the others stay empty.
+        patient_pattern: a regular expression that is searched in each case's path below the data folder, with ``/``,
+            without suffix and without the leading folders of the layout (``train/good/img``), since a patient has the
+            same name in every split. Its first group, or else the whole match, is the patient. None: no rule.
 
     Returns:
         ``training``, ``validation``, ``test``: lists of cases; the first two hold healthy cases only, since nothing may
@@ -131,8 +149,8 @@ def find_splits(dataset_dir: str | os.PathLike, seed: int = 0, needed: Sequence[
 
     Raises:
         BundleError: if the folder is missing or empty, a mask is missing, healthy images of fewer than two patients are
-            found, a patient is in more than one split, or anomalous or test images lie where only healthy ones are
-            looked for.
+            found, a patient is in more than one split, anomalous or test images lie where only healthy ones are looked
+            for, or ``patient_pattern`` is no regular expression or matches nothing.
     """
     path = Path(os.path.abspath(dataset_dir))  # '.' has a name, too
     if not path.exists():
@@ -147,6 +165,8 @@ def find_splits(dataset_dir: str | os.PathLike, seed: int = 0, needed: Sequence[
         _check_healthy(path)
         splits = {"training": _unlabeled(path), "validation": [], "test": []}
     if "training" in needed:
+        if patient_pattern is not None:
+            _find_patients([case for split in SPLITS for case in splits[split]], patient_pattern)
         splits |= _healthy(splits, path, seed)
     return {split: splits[split] if split in needed else [] for split in SPLITS}
 
@@ -179,6 +199,7 @@ def _healthy(splits: dict[str, list[Case]], path: Path, seed: int) -> dict[str, 
     if not training:
         raise BundleError(f"no training images in '{path}': put healthy images into train/good")
     validation = [case for case in splits["validation"] if _is_healthy(case)]
+    _warn_of_slices([*training, *validation])
     if not validation:
         training, validation = _by_patient(training, path, seed)
         logger.info(f"no healthy validation images in '{path}': {len(validation)} of the training images serve")
@@ -191,7 +212,7 @@ def _by_patient(cases: list[Case], path: Path, seed: int) -> tuple[list[Case], l
     cases = random.Random(seed).sample(cases, len(cases))
     owners: dict[str, list[Case]] = {}
     for case in cases:
-        owners.setdefault(_patient(case) or case["name"], []).append(case)
+        owners.setdefault(_owner(case), []).append(case)
     if len(owners) < 2:
         raise BundleError(
             f"'{path}' has {len(cases)} healthy image{'s' * (len(cases) > 1)} of one patient: at least 2 patients are "
@@ -233,6 +254,71 @@ def _patient(case: Case) -> str | None:
             return patient_of(file)
     subject = _BIDS_SUBJECT.search(Path(case["name"]).as_posix())
     return subject[1] if subject else None
+
+
+def _owner(case: Case) -> str:
+    """The patient; where none is known, each case is of a patient of its own."""
+    return _patient(case) or case["name"]
+
+
+def number_patients(cases: Iterable[Case]) -> list[int]:
+    """The patient of each case as a number from 0; a case whose patient is unknown has a number of its own."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(_owner(case), len(numbers)) for case in cases]
+
+
+def _find_patients(cases: list[Case], pattern: str) -> None:
+    """Give each case the ``patient`` that ``pattern`` finds in its name, unless a datalist has said it."""
+    try:
+        rule = re.compile(pattern)
+    except re.error as error:
+        raise BundleError(
+            f"patient_pattern '{pattern}' is no regular expression ({error}): give one whose first group is the "
+            f"patient, such as '{_BEFORE_LAST_NUMBER.pattern}'"
+        ) from error
+    unknown = [case for case in cases if case.get("patient") is None]
+    unmatched = []
+    for case in unknown:
+        match = rule.search(_own_name(case))
+        patient = match and match[min(1, rule.groups)]
+        if patient:
+            case["patient"] = patient
+        else:
+            unmatched.append(_own_name(case))
+    if unknown and len(unmatched) == len(unknown):
+        raise BundleError(
+            f"patient_pattern '{pattern}' finds no patient in any name, such as '{unmatched[0]}': give a regular "
+            "expression whose first group is the patient"
+        )
+    logger.info(f"{len(unknown)} images are of {len(set(number_patients(unknown)))} patients by patient_pattern")
+    if unmatched:
+        logger.warning(
+            f"patient_pattern '{pattern}' finds no patient in {len(unmatched)} of {len(unknown)} names, such as "
+            f"'{unmatched[0]}': each of these is taken for a patient of its own, if its file does not say more"
+        )
+
+
+def _warn_of_slices(cases: list[Case]) -> None:
+    """Say so where names of pictures look like slices of patients whom nothing tells apart.
+
+    Such names hold two numbers, that of a patient and, last, that of a slice. Names with one number say nothing.
+    """
+    pictures = [case for case in cases if str(case["image"]).lower().endswith(FLAT_SUFFIXES) and not _patient(case)]
+    stems = Counter(match[1] for case in pictures if (match := _BEFORE_LAST_NUMBER.match(_own_name(case))))
+    stems = Counter({stem: count for stem, count in stems.items() if re.search(r"\d", stem)})
+    if len(stems) > 1 and stems.total() >= _SLICES_EACH * len(stems):
+        example = next(name for name in map(_own_name, pictures) if name.startswith(tuple(stems)))
+        logger.warning(
+            f"names such as '{example}' look like {stems.total()} slices of {len(stems)} patients, and each counts as "
+            f"a patient of its own: if so, give --patient_pattern '{_BEFORE_LAST_NUMBER.pattern}', what stands before "
+            "the last number"
+        )
+
+
+def _own_name(case: Case) -> str:
+    """The name without the leading folders of the layout, in which only the split and the class differ."""
+    *folders, file = case["name"].split("/")
+    return "/".join([*dropwhile(lambda folder: folder.lower() in _LAYOUT_FOLDERS, folders), file])
 
 
 def _place(case: Case) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import ignite.distributed as idist
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from bundle.compute import Compute
-from bundle.data.cases import Case, add_keys
+from bundle.data.cases import Case, add_keys, number_patients
 from bundle.data.store import EmbeddingStore
 from bundle.data.stream import SliceBatches
 from bundle.distributed import gather, shard
@@ -43,7 +44,6 @@ class EmbeddingDataset(Dataset[Tensor]):
 
     Attributes:
         keys: of every case in the store, by its content.
-        cases: of every slice, the position of its case in ``data``.
     """
 
     def __init__(
@@ -72,7 +72,6 @@ class EmbeddingDataset(Dataset[Tensor]):
         new, kept = len(missing), len(data) - len(missing)
         logger.info(f"embedded {new} images, {kept} were there; {store.describe()}")
         self._places = [(key, index) for key in keys for index in range(store.count(key))]
-        self.cases = [case for case, key in enumerate(keys) for _ in range(store.count(key))]
 
     def _embed(
         self,
@@ -103,6 +102,12 @@ class EmbeddingDataset(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         """The embeddings [C, h, w] of slice ``index``."""
         return self.store.read(*self._places[index])
+
+    @cached_property
+    def patients(self) -> list[int]:
+        """The patient of every slice, as a number from 0, see :func:`~bundle.data.cases.number_patients`."""
+        numbers = number_patients(self.data)
+        return [number for number, key in zip(numbers, self.keys, strict=True) for _ in range(self.store.count(key))]
 
     def channel_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation [C] of every channel over all patches."""

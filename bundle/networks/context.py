@@ -348,10 +348,11 @@ def check_kernel(hidden_channels: int, kernel_size: int) -> None:
 
 
 class LinearContext(nn.Module):
-    """The linear prediction of an embedding from those around it, fitted in closed form: a Gaussian Markov field.
+    """The linear prediction of an embedding from those around it: a ridge regression, fitted in closed form.
 
-    Ridge regression on the leading principal components of the context, each of unit variance, and on whether a tap
-    lies inside the map. No gradient steps; the ridge is the one of highest likelihood on held-out healthy patches.
+    Its inputs are the leading principal components of the embeddings at each tap, each of unit variance, and whether a
+    tap lies inside the map. No gradient steps; the ridge is, of a few, the one of highest likelihood on held-out
+    healthy patches.
 
     Args:
         channels: C.

@@ -1,7 +1,10 @@
 """The density of patch embeddings: how likely each is, given those around it.
 
 The product over all patches is a joint likelihood of the map where the context is ``causal`` and looked at in one
-raster order. Where each patch is conditioned on patches on all sides it is a pseudo-likelihood. Where a patch sees
+raster order. Where each patch is conditioned on some patches on all sides it is a composite conditional likelihood
+(Lindsay, Contemporary Mathematics 80, 1988; Varin, Reid and Firth, Statistica Sinica 21, 2011): each factor is a
+conditional density, but their product is no density of the map. Besag's pseudo-likelihood (1975) is the case in which
+each patch is conditioned on all others; here it is conditioned on those that the context sees. Where a patch sees
 itself there is no likelihood at all, of which a warning is given; such contexts are kept since the authors' code has
 them.
 """
@@ -63,8 +66,8 @@ class SpatialARDensity(nn.Module):
         BundleError: for an unknown mode or covariance, a setting that the mode does not have, or a number out of range.
 
     Attributes:
-        likelihood: what the product over all patches of a map is: ``joint``, ``pseudo``, or ``none`` where a patch sees
-            itself.
+        likelihood: what the product over all patches of a map is: ``joint``, ``composite``, or ``none`` where a patch
+            sees itself.
         fit: kind, rank and shrinkage of the covariance, as :func:`~bundle.networks.gaussian.fit_gaussian` takes them.
     """
 
@@ -133,7 +136,7 @@ class SpatialARDensity(nn.Module):
     def _likelihood(mode: str, network: ContextNetwork, orders: int, linear_components: int) -> str:
         """What the product over all patches is; a warning where it is nothing."""
         if not network.sees_itself():
-            return "joint" if network.joint and orders == 1 else "pseudo"
+            return "joint" if network.joint and orders == 1 else "composite"
         taps = network.taps()
         check(
             linear_components == 0 or not taps[len(taps) // 2, len(taps) // 2],

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from scipy.stats import beta
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -395,7 +396,7 @@ def check_rate(name: str, rate: float) -> float:
 
 
 def largest_of_each(scores: Tensor, cases: Sequence[int]) -> Tensor:
-    """The largest of the ``scores`` [slices] of each case, as a study is scored by its worst slice."""
+    """The largest of the ``scores`` [slices] of each case or patient, as a study is scored by its worst slice."""
     groups = torch.as_tensor(cases, device=scores.device)
     found = scores.new_full((int(groups.max()) + 1,), -torch.inf).scatter_reduce(0, groups, scores, "amax")
     return found[torch.isfinite(found)]
@@ -406,7 +407,8 @@ def conformal_threshold(healthy: Tensor, false_positive_rate: float, what: str) 
 
     The k-th smallest of n healthy scores with k = ceil((n + 1) (1 - rate)): the bound holds for every n, if the new
     score and the healthy ones are exchangeable (Vovk et al., *Algorithmic Learning in a Random World*, 2005; split
-    conformal prediction). With n < 1 / rate - 1 no threshold has it; then it is the largest score, with a warning.
+    conformal prediction). It is one on average over sets of n scores; :func:`rate_interval` says what one set may have.
+    With n < 1 / rate - 1 no threshold has it; then it is the largest score, with a warning.
 
     Patches of one image are not exchangeable with those of another. If whole images are, of K of them with as many
     patches each, a random patch of a new image exceeds the threshold with a probability below rate + 1 / (K + 1): the
@@ -424,10 +426,36 @@ def conformal_threshold(healthy: Tensor, false_positive_rate: float, what: str) 
     ordered = healthy.flatten().double().sort().values
     if len(ordered) == 0:
         raise BundleError("no healthy validation image to calibrate on: add some to the valid/good folder")
-    rank = math.ceil((len(ordered) + 1) * (1 - false_positive_rate) - 1e-9)
+    rank = _rank(len(ordered), false_positive_rate)
     if rank > len(ordered):
         logger.warning(
-            f"{len(ordered)} healthy validation {what} can't promise a false positive rate of {false_positive_rate}, "
-            f"only {1 / (len(ordered) + 1):.3g}: the threshold is the largest of their scores; give more of them"
+            f"{len(ordered)} scores of healthy validation {what} can't promise a false positive rate of "
+            f"{false_positive_rate}, only {1 / (len(ordered) + 1):.3g}: the threshold is the largest of them; give more"
         )
     return float(ordered[min(rank, len(ordered)) - 1])
+
+
+def rate_interval(count: int, false_positive_rate: float, coverage: float = 0.9) -> tuple[float, float]:
+    """Where the true false positive rate of a :func:`conformal_threshold` lies, for one set of healthy scores.
+
+    The share of new healthy scores above the k-th smallest of n has the distribution Beta(n + 1 - k, k), whatever that
+    of the scores is, if they are independent and have no ties (Vovk, *Conditional validity of inductive conformal
+    predictors*, Machine Learning 92, 2013). So n is the number of patients, each with one score. Patches of an image
+    depend on each other in a way that is not known, so their threshold has no such interval.
+
+    Args:
+        count: n, at least 1.
+        false_positive_rate: the wanted one, in (0, 1).
+        coverage: probability of the interval, with as much on either side.
+
+    Returns:
+        Lower and upper end, in (0, 1).
+    """
+    rank = min(_rank(count, false_positive_rate), count)
+    low, high = beta.interval(coverage, count + 1 - rank, rank)
+    return float(low), float(high)
+
+
+def _rank(count: int, false_positive_rate: float) -> int:
+    """Which of ``count`` scores in ascending order, from 1, the threshold is; none if it is larger than ``count``."""
+    return math.ceil((count + 1) * (1 - false_positive_rate) - 1e-9)
