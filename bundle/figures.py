@@ -91,7 +91,7 @@ def gallery(examples: Sequence[dict[str, Any]], threshold: float, title: str) ->
     for axis, name in zip(axes[0], ("image", "true mask", "anomaly map", "overlay"), strict=True):
         axis.set_title(name, fontsize=9)
     bar = figure.colorbar(shown, ax=axes, location="bottom", fraction=0.02, aspect=60)
-    bar.set_label("deviations above healthy patches; middle: threshold", fontsize=7)
+    bar.set_label("z-score among healthy patches; middle: threshold", fontsize=7)
     figure.suptitle(title, fontsize=9)
     return figure
 

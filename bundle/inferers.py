@@ -29,7 +29,7 @@ class SliceBatchInferer(Inferer):
         batch_size: slices in one forward pass.
         slice_range, min_foreground: which slices count, as in training, see
             :class:`~bundle.transforms.SliceChoice`; where none does, all count.
-        raw: squared errors instead of deviations above healthy patches.
+        raw: squared errors instead of z-scores.
         compute: device and precision; None: where the inputs are, in 32 bits.
     """
 

@@ -62,8 +62,7 @@ class CaseResult:
     Attributes:
         name: of the case, by which its outputs are called.
         path: of its file, or of the folder of its DICOM series.
-        anomaly_map: [1, rows, columns, slices] float32, as the network saw the slices, in standard deviations above
-            healthy patches.
+        anomaly_map: [1, rows, columns, slices] float32, as the network saw the slices, z-scores among healthy patches.
         slice_scores: [slices], standard deviations above the mean of healthy images.
         slice_counts: [slices] bool, which of them may make the score of the case; at least one.
         threshold: of the map; what exceeds it is the mask.

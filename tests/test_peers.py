@@ -243,7 +243,9 @@ def test_maps_of_the_stages_are_what_the_features_are_joined_from(features):
     fine, coarse = features.backbone.maps(image)
     assert (fine.shape, coarse.shape) == ((2, 40, 8, 8), (2, 112, 4, 4))
     joined = torch.cat([F.avg_pool2d(fine, 2), coarse], dim=1)
-    torch.testing.assert_close(features.backbone(image), joined)
+    torch.testing.assert_close(features(image), joined)
+    details = F.pixel_shuffle(features.packed(image)[:, 152:], 2)
+    torch.testing.assert_close(details, fine)  # what is looked at on its own grid, space to depth
 
 
 def test_an_unknown_peer_or_argument_is_named(anomalib, detector):

@@ -90,6 +90,7 @@ def test_describe_is_plain_json() -> None:
             "backbone": "dinov3_vits16",
             "weights": network.weights_id,
             "layers": [0, 2],
+            "detail_layers": [],
             "blocks": "joined",
             "mean": [0.485, 0.456, 0.406],
             "std": [0.229, 0.224, 0.225],

@@ -32,7 +32,7 @@ ANOMALY_SCORE = Code("anomaly-score", SCHEME, "Anomaly score")
 THRESHOLD = Code("anomaly-threshold", SCHEME, "Threshold of the anomaly score")
 SLICE_SCORE = Code("slice-anomaly-score", SCHEME, "Anomaly score of a slice")
 ABOVE = Code("anomaly-finding", SCHEME, "Score above threshold")
-Z_SCORE = Code("anomaly-z-score", SCHEME, "Standard deviations above healthy patches")
+Z_SCORE = Code("anomaly-z-score", SCHEME, "Z-score among healthy patches")
 _GRAY_LEVELS = 2**16 - 1
 _LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 _LARGEST_NUMBER = 2**31 - 1  # of a series
@@ -135,7 +135,7 @@ def parametric_map(
 
     Args:
         sources: of ``anomaly_map``.
-        anomaly_map: [slices, rows, columns] float, standard deviations above healthy patches.
+        anomaly_map: [slices, rows, columns] float, z-scores among healthy patches.
         threshold: of the mask.
         algorithm: what made it.
     """
@@ -144,7 +144,7 @@ def parametric_map(
     stored = np.round((anomaly_map - low) / slope).astype(np.uint16)
     mapping = hd.pm.RealWorldValueMapping(
         lut_label="ANOMALY",
-        lut_explanation="Standard deviations above healthy patches",
+        lut_explanation="Z-score among healthy patches",
         unit=codes.UCUM.NoUnits,
         value_range=(0, _GRAY_LEVELS),
         slope=slope,
@@ -160,7 +160,7 @@ def parametric_map(
         real_world_value_mappings=[mapping],
         voi_lut_transformations=[_window(threshold, low, slope)],
         content_label="ANOMALY",
-        content_description="Standard deviations above healthy patches",
+        content_description="Z-score among healthy patches",
         contributing_equipment=[_contribution(algorithm)],
         **_series(sources, 2, "Anomaly map"),
         **_equipment(algorithm),

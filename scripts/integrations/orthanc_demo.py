@@ -154,7 +154,7 @@ def draw(client: DICOMwebClient, series: Sequence[StoredSeries], caption: str) -
         axis.set_title(name, fontsize=9)
     bar = figure.colorbar(shown, ax=axes, location="bottom", fraction=0.03, aspect=60)
     bar.ax.tick_params(labelsize=7)
-    bar.set_label("Parametric Map: standard deviations above healthy patches", fontsize=7)
+    bar.set_label("Parametric Map: z-score among healthy patches", fontsize=7)
     place = f"slice {int(source.InstanceNumber)} of {len(grids.source)}"
     figure.suptitle(f"{caption}, {place}", fontsize=9)
     return figure
