@@ -464,7 +464,7 @@ class AnomalyDetector(nn.Module):
             # that of an earlier version may have entries that this one does not need, and lack others
             state_dict[prefix + "identity"] = self.identity
             for name, value in NormalScale().state_dict(prefix=prefix + "normal_scale.").items():
-                state_dict.setdefault(name, value)  # before 0.7 maps were not brought to a normal scale
+                state_dict.setdefault(name, value)  # earlier maps were not brought to a normal scale
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
