@@ -27,6 +27,7 @@ from bundle.networks.scores import (
     ImageScore,
     NormalScale,
     PatchScore,
+    chosen,
     conformal_threshold,
     largest_of_each,
 )
@@ -420,17 +421,18 @@ class AnomalyDetector(nn.Module):
         """
         residual = self.density.residual_of(prediction, self.standardized(maps))
         nats = self.patch_score.negative_log_likelihood(residual) + self.density.log_scale(prediction)
-        inside = self.foreground(self.unpack(maps).brightness)
-        return nats[inside].mean() if inside.any() else nats.mean()
+        return chosen(nats, self.foreground(self.unpack(maps).brightness)).mean()
 
     @torch.no_grad()
     def healthy_log_likelihood(self, healthy: Iterable[Tensor]) -> float:
         """The mean log-likelihood of the foreground patches of ``healthy`` images, see above, in nats per patch."""
-        nats = [
-            self.negative_log_likelihood(self.density(self.standardized(maps)), maps.to(self.threshold.device))
-            for maps in healthy
-        ]
-        return -float(torch.stack(nats).mean())
+        total, count = 0.0, 0
+        for maps in healthy:
+            maps = maps.to(self.threshold.device)
+            patches = len(chosen(maps[:, -1], self.foreground(self.unpack(maps).brightness)))
+            total += patches * float(self.negative_log_likelihood(self.density(self.standardized(maps)), maps))
+            count += patches
+        return -total / count
 
     def standardized(self, maps: Tensor) -> Tensor:
         """The standardized embeddings in what :meth:`embed` gave, [B, C, h, w], where the detector is."""

@@ -21,7 +21,7 @@ SCALES = ("log_radius", "squared_error")
 IMAGE_SCORES = ("top_patches", "adjusted")
 TOP_SHARE = 0.01  # of the foreground patches, the most anomalous ones, whose mean is the image score
 LARGEST_POOLING = 32  # patches
-PRIOR_IMAGES = (3.0, 10.0, 30.0, 100.0)  # how many images the moments of all patches may count for at a position
+PRIOR_IMAGES = (100.0, 30.0, 10.0, 3.0)  # how many images the moments of all patches may count for at a position
 USUAL_PRIOR = 10.0
 FOLDS = 5  # of the training images, to choose among them
 LOWEST = -6.0  # z: the value outside the foreground, and the least inside
@@ -164,7 +164,7 @@ class PatchScore(nn.Module):
         """
         if self.per_position != "auto":
             return USUAL_PRIOR if self.per_position else math.inf
-        candidates = (*PRIOR_IMAGES, math.inf)
+        candidates = (math.inf, *PRIOR_IMAGES)  # of equal ones the simplest
         folds = torch.arange(len(surprise)) * FOLDS // max(FOLDS, len(surprise))
         nats = dict.fromkeys(candidates, 0.0)
         for fold in folds.unique():
@@ -205,7 +205,7 @@ class PatchScore(nn.Module):
         """Make the foreground patches of healthy validation images have mean 0 and deviation 1."""
         self.healthy_mean.zero_()
         self.healthy_std.fill_(1)
-        scores = torch.cat([_chosen(self(batch.residual), batch.inside).double().cpu() for batch in healthy])
+        scores = torch.cat([chosen(self(batch.residual), batch.inside).double().cpu() for batch in healthy])
         self.healthy_mean.copy_(scores.mean())
         self.healthy_std.copy_(scores.std().clamp_min(1e-12))
 
@@ -235,7 +235,7 @@ def _gaussian_weights(deviation: float) -> Tensor:
     return weights / weights.sum()
 
 
-def _chosen(values: Tensor, inside: Tensor) -> Tensor:
+def chosen(values: Tensor, inside: Tensor) -> Tensor:
     """The foreground values as one row; all where nothing is foreground."""
     return values[inside] if inside.any() else values.flatten()
 

@@ -1,10 +1,11 @@
-r"""How much the image score of healthy images follows noise, organ area and slice position, adjusted and not.
+r"""How much the image score of healthy images follows noise, organ area and slice position.
 
     python -m scripts.benchmarks.image_score --checkpoint output/model.pt --data sample_cohort/slices
 
-Both scores come from the same patch maps of the healthy test images: the mean of the top 1 % of patches, and the score
-of the checkpoint, which is adjusted (:class:`bundle.networks.scores.ImageScore`). Noise is Rician, as in magnitude MR
-images, and added before the image is resized.
+Both scores come from the same patch maps of the healthy test images: the mean of the top 1 % of foreground patches, and
+the score of the checkpoint, which is the same, or adjusted after a training with ``--image_score adjusted``
+(:class:`bundle.networks.scores.ImageScore`). Noise is Rician, as in magnitude MR images, and added before the image is
+resized.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from monai.utils import set_determinism
 
 from bundle.command_line import set_knobs
 from bundle.errors import BundleError
+from bundle.networks.scores import LOWEST
 from scripts.benchmarks.common import EVALUATE, ROOT
 
 ORGAN = 0.1  # intensity in [0, 1] above which a pixel counts as organ
-SCORES = ("top patches", "adjusted")
+SCORES = ("top patches", "image score")
 
 
 def score_healthy(checkpoint: Path, data: Path, knobs: dict[str, Any], noise: float) -> dict[str, Any]:
@@ -61,8 +63,9 @@ def score_healthy(checkpoint: Path, data: Path, knobs: dict[str, Any], noise: fl
     for batch in parser.get_parsed_content("test::dataloader"):
         images = torch.stack([one.image for one in batch])
         detection = inferer.detect(images, network)
-        found["top patches"] += network.image_score.statistics(detection.patch_map)[0].tolist()
-        found["adjusted"] += detection.image_score.tolist()
+        inside = detection.patch_map > LOWEST
+        found["top patches"] += network.image_score.statistics(detection.patch_map, inside)[0].tolist()
+        found["image score"] += detection.image_score.tolist()
         found["area"] += (images > ORGAN).float().mean(dim=(1, 2, 3)).tolist()
         found["name"] += [one.case.item["name"] for one in batch]
     return {name: values if name == "name" else np.array(values) for name, values in found.items()}

@@ -266,12 +266,16 @@ def build_paper(setting: Setting, workspace: Path) -> Runner:
 
 def make_features(setting: Setting) -> FeatureNetwork:
     """The feature network of this bundle."""
-    return FeatureNetwork(setting.backbone, setting.weights, layers=paper_layers(setting.backbone)).to(setting.device)
+    return FeatureNetwork(
+        setting.backbone, setting.weights, layers=paper_layers(setting.backbone), detail_layers=[]
+    ).to(setting.device)
 
 
 def make_detector(setting: Setting) -> AnomalyDetector:
     """This bundle's detector with the paper's density; the same initial weights at every call."""
-    features = FeatureNetwork(setting.backbone, setting.weights, layers=paper_layers(setting.backbone))
+    features = FeatureNetwork(
+        setting.backbone, setting.weights, layers=paper_layers(setting.backbone), detail_layers=[]
+    )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         density = SpatialARDensity(
@@ -286,6 +290,7 @@ def make_detector(setting: Setting) -> AnomalyDetector:
             "score_scale": "squared_error",
             "residual_pooling": 0.0,
             "per_position": False,
+            "foreground": "all",
             "image_score": "top_patches",
         }
         return AnomalyDetector(features, density, image_size=setting.image_size, standardize=False, **scores).eval()
