@@ -119,6 +119,8 @@ def words(kind: Any) -> str:
         types.NoneType: "null",
     }
     origin = typing.get_origin(kind)
+    if origin is typing.Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(words, typing.get_args(kind))))
     if isinstance(origin, type) and issubclass(origin, Sequence):

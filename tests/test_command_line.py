@@ -29,6 +29,8 @@ EXAMPLES = {
     "a whole number": ("3", 3, "3.5"),
     "a number": ("1e-3", 0.001, "wide"),
     "text": ("words", "words", None),
+    "auto": ("auto", "auto", None),
+    "all": ("all", "all", None),
     "null": ("null", None, None),
     "a list of whole numbers": ("[1, 2]", [1, 2], "[1, x]"),
     "a list of numbers": ("[0,1.5]", [0, 1.5], "1.5"),
@@ -65,7 +67,7 @@ EVERY = [(name, knob) for name in FILES for knob in knobs_of(name)[1] if (name, 
 @pytest.mark.parametrize(("name", "knob"), EVERY)
 def test_every_knob_takes_a_text_of_its_type_and_refuses_another(name, knob):
     found = find_knob(knob, read_config(FILES[name]))
-    kinds = words(found.kind).split(" or ") if words(found.kind) != "true or false" else ["true or false"]
+    kinds = [kind.replace("/", " or ") for kind in words(found.kind).replace("e or f", "e/f").split(" or ")]
     assert set(kinds) <= EXAMPLES.keys(), f"{knob} has no declared type: {found.kind}"
     for kind in kinds:
         text, value, _ = EXAMPLES[kind]
@@ -117,7 +119,10 @@ def test_monais_own_syntax_stays_as_it_is(text):
         ({"moed": "causal"}, "knob --moed is unknown: did you mean 'mode'"),
         ({"model::moed": "causal"}, "did you mean 'mode'"),
         ({"batch_size": "many"}, "--batch_size must be a whole number, got 'many': for example --batch_size 8"),
-        ({"per_position": "0"}, "--per_position must be true or false, got '0': for example --per_position true"),
+        (
+            {"per_position": "0"},
+            "--per_position must be true or false or auto, got '0': for example --per_position auto",
+        ),
         ({"train::trainer::max_epochs": "ten"}, "must be a whole number"),
         ({"seed": "1.5"}, "--seed must be a whole number"),
         ({"learning_rate": "inf"}, "--learning_rate must be a number"),

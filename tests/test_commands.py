@@ -520,7 +520,7 @@ def test_the_benchmark_of_the_image_score_compares_both_scores_on_healthy_images
     )
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
     healthy = len(list((cohort / "slices/test/good/img").glob("*.png")))
-    assert rows[0] == [f"{healthy} healthy test images of slices", "top patches", "adjusted"]
+    assert rows[0] == [f"{healthy} healthy test images of slices", "top patches", "image score"]
     assert [row[0].split()[:2] for row in rows[2:]] == [["shift", "by"], ["variance", "that"], ["variance", "that"]]
     assert float(rows[2][1]) > 1  # the top patches follow the noise
 

@@ -8,7 +8,7 @@ image -> resize -> brightness of patches -> which are foreground
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -158,10 +158,10 @@ class AnomalyDetector(nn.Module):
         feature_components: int | None = None,
         score_scale: str = "log_radius",
         residual_pooling: float = 1.0,
-        per_position: bool | str = "auto",
+        per_position: bool | Literal["auto"] = "auto",
         position_smoothing: float = 0.75,
         detail_weight: float = 0.5,
-        foreground: str | float = "auto",
+        foreground: float | Literal["auto", "all"] = "auto",
         image_score: str = "top_patches",
     ) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
 """Which patches of an image show the body: the others have no part in moments, thresholds, image score and map."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +30,7 @@ class Foreground(nn.Module):
     before_row: Tensor
     before_column: Tensor
 
-    def __init__(self, grid: list[int], foreground: str | float = "auto") -> None:
+    def __init__(self, grid: list[int], foreground: float | Literal["auto", "all"] = "auto") -> None:
         super().__init__()
         if foreground not in ("auto", "all") and not (not isinstance(foreground, str) and 0 <= foreground < 1):
             raise BundleError(f"foreground is {shown(foreground)}: give auto, all, or an intensity in [0, 1) as 0.05")

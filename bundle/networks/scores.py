@@ -7,7 +7,7 @@ patches at the same position [B, h, w] -> quantiles of a normal -> one score an 
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from scipy.stats import beta
@@ -82,7 +82,7 @@ class PatchScore(nn.Module):
         fit: dict[str, Any],
         scale: str = "log_radius",
         pooling: float = 1.0,
-        per_position: bool | str = "auto",
+        per_position: bool | Literal["auto"] = "auto",
         smoothing: float = 0.75,
     ) -> None:
         super().__init__()

@@ -265,17 +265,13 @@ def build_paper(setting: Setting, workspace: Path) -> Runner:
 
 
 def make_features(setting: Setting) -> FeatureNetwork:
-    """The feature network of this bundle."""
-    return FeatureNetwork(
-        setting.backbone, setting.weights, layers=paper_layers(setting.backbone), detail_layers=[]
-    ).to(setting.device)
+    """The feature network of this bundle, which taps what the paper does."""
+    return FeatureNetwork(setting.backbone, setting.weights, layers=paper_layers(setting.backbone), detail_layers=[])
 
 
 def make_detector(setting: Setting) -> AnomalyDetector:
     """This bundle's detector with the paper's density; the same initial weights at every call."""
-    features = FeatureNetwork(
-        setting.backbone, setting.weights, layers=paper_layers(setting.backbone), detail_layers=[]
-    )
+    features = make_features(setting)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         density = SpatialARDensity(
@@ -355,7 +351,7 @@ def make_peer(setting: Setting, name: str) -> tuple[Any, FeatureNetwork]:
     """The peer, on the feature network of this bundle."""
     from scripts.benchmarks.peers import NearestNeighborPeer, PatchCorePeer
 
-    features = make_features(setting)
+    features = make_features(setting).to(setting.device)
     classes = {peer.name: peer for peer in (PatchCorePeer, NearestNeighborPeer)}
     return classes[name](features), features
 

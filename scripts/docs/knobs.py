@@ -22,7 +22,17 @@ from bundle.knobs import SYNTAX, Knob, words
 
 PAGE = Path("docs/knobs.md")
 TRAIN, INFER = "configs/train.json", "configs/inference.json"
-PLAIN = {"true", "false", "a whole number", "a number", "text", "null", "device"}  # kinds that a person can type
+PLAIN = {
+    "auto",
+    "all",
+    "true",
+    "false",
+    "a whole number",
+    "a number",
+    "text",
+    "null",
+    "device",
+}  # kinds that a person can type
 PLAIN |= {f"a list of {kind}" for kind in ("whole numbers", "numbers", "text")}
 MADE = Knob(str)  # what is known of an item that the config makes, for nothing that tells its type
 HEADER = ("| knob | type | default | meaning |", "| --- | --- | --- | --- |")
