@@ -45,8 +45,8 @@ class PatchScore(nn.Module):
 
     The residuals of a lesion point the same way in neighboring patches, those of healthy tissue do not: their weighted
     mean over a few patches, with a covariance of its own, tells them apart better than each alone. The logarithm of its
-    Mahalanobis length is close to normal, with a mean and deviation that depend on the position: at the rim of an
-    organ healthy images differ more. (An elliptical density with a log-normal radius.)
+    Mahalanobis length is closer to normal than the length, with a mean and deviation that depend on the position: at
+    the rim of an organ healthy images differ more.
 
     The moments at a position are a mixture of those of the foreground patches there and at near positions, and of those
     of all foreground patches, which count for as many images as ``per_position`` says.
