@@ -202,7 +202,8 @@ class Calibration:
     promise more than their number of patients can. The largest score is a careful choice for pictures, which are scored
     one by one in use: *no* picture of a healthy patient exceeds the threshold with a probability of 1 - rate at least,
     so a single one exceeds it no more often than the rate. In return pictures need no other rule than volumes, and one
-    score a patient makes the promise and its interval exact, however many pictures a patient has.
+    score a patient makes promise and interval hold, however many pictures a patient has, but for the scales, which are
+    fitted to the same images.
 
     Args:
         detector: whose density was trained.

@@ -43,7 +43,7 @@ def test_all_takes_every_patch_and_a_number_is_a_threshold():
     assert found(brightness).tolist() == [[False, True, True]]
 
 
-@pytest.mark.parametrize("value", ["some", 1.0, -0.1])
+@pytest.mark.parametrize("value", ["some", 1.0, -0.1, False])
 def test_another_word_or_a_threshold_out_of_range_is_refused(value):
     with pytest.raises(BundleError, match="give auto, all, or an intensity"):
         Foreground([4, 4], value)

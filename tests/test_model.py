@@ -280,3 +280,12 @@ def test_a_checkpoint_of_version_0_5_gives_the_map_that_it_gave_there():
         found = detector.detect(golden["image"])
     torch.testing.assert_close(found.anomaly_map, golden["anomaly_map"], atol=1e-5, rtol=0)
     torch.testing.assert_close(found.image_score, golden["image_score"], atol=1e-5, rtol=0)
+
+
+def test_an_earlier_checkpoint_has_no_details_and_no_air(tmp_path):
+    path = ROOT / "tests/data/golden/checkpoint_0_5.pt"
+    settings = trained_settings(path)
+    assert (settings["foreground"], settings["detail_layers"]) == ("all", [])
+    for given in ({"detail_layers": [2]}, {"foreground": "auto"}):
+        with pytest.raises(BundleError, match=f"{next(iter(given))} .*, not "):
+            trained_settings(path, given)

@@ -224,7 +224,8 @@ def _by_patient(cases: list[Case], path: Path, seed: int) -> tuple[list[Case], l
         if len(validation) < count:
             validation += own
     chosen = {id(case) for case in validation}
-    return [case for case in cases if id(case) not in chosen], validation
+    training = sorted((case for case in cases if id(case) not in chosen), key=lambda case: (_owner(case), case["name"]))
+    return training, validation  # slices of a patient follow each other
 
 
 def _check_patients(splits: dict[str, list[Case]]) -> None:

@@ -27,7 +27,6 @@ from bundle.networks.scores import (
     ImageScore,
     NormalScale,
     PatchScore,
-    chosen,
     conformal_threshold,
     largest_of_each,
 )
@@ -95,11 +94,11 @@ class Detector(Protocol):
 class AnomalyDetector(nn.Module):
     """A frozen feature network, a density of its patch embeddings, and scores that are calibrated on healthy images.
 
-    A map is on the scale of a standard normal ('z'): healthy foreground patches of validation images exceed 2 in 2.3 %
-    and 3 in 0.13 % of all cases. They are compared with those at the same position where ``per_position`` says so.
-    Outside the foreground a map has its lowest value, -6. An image score is in deviations above the mean of healthy
-    images. ``raw=True`` gives the squared error of the paper. Before :meth:`calibrate` thresholds are infinite, and the
-    rates that they were wanted for not a number.
+    A map is on the scale of a standard normal ('z'), but for ``squared_error``: healthy foreground patches of
+    validation images exceed 2 in 2.3 % and, if there are thousands of them, 3 in 0.13 % of all cases. They are compared
+    with those at the same position where ``per_position`` says so. Outside the foreground a map has its lowest value,
+    -6. An image score is in deviations above the mean of healthy images. ``raw=True`` gives the squared error of the
+    paper. Before :meth:`calibrate` thresholds are infinite, and the rates that they were wanted for not a number.
 
     What decides an output travels in the state dict: density, standardization, scores, thresholds and ``identity``
     (settings of preprocessing, features, density and scores, and the hash of the backbone's weights). The weights of
@@ -188,6 +187,8 @@ class AnomalyDetector(nn.Module):
         self.feature_pooling = nn.AvgPool2d(feature_pooling, stride=1, padding=feature_pooling // 2)
         self.density = density
         grid = [side // features.patch_size for side in self.image_size]
+        remedy = "give 0 for none, or a number of patches such as 0.75, up to 16"
+        check(0 <= position_smoothing <= 16, "position_smoothing", position_smoothing, remedy)
         score: dict[str, Any] = {
             "fit": density.fit,
             "scale": score_scale,
@@ -200,7 +201,7 @@ class AnomalyDetector(nn.Module):
         self.detail_factor = features.detail_factor
         self.detail_score: DetailScore | None = None
         if features.detail_channels and detail_weight > 0:
-            of_cells = score | {"smoothing": position_smoothing * self.detail_factor}
+            of_cells = score | {"smoothing": position_smoothing * self.detail_factor, "what": "details"}
             self.detail_score = DetailScore(features.detail_channels, self.detail_factor, reduced, grid, of_cells)
         self.detail_weight = detail_weight
         self.normal_scale = NormalScale()
@@ -277,7 +278,7 @@ class AnomalyDetector(nn.Module):
     def score_patches(self, maps: Tensor, raw: bool = False) -> tuple[Tensor, Tensor]:
         """The patch map [B, h, w] of what :meth:`embed` gave, and which of its patches are foreground [B, h, w] bool.
 
-        With details both have the grid of the details.
+        With details both have the grid of the details. ``raw`` errors have that of the patches, and are 0 in the air.
         """
         embeddings, details, brightness = self.unpack(maps)
         inside = self.foreground(brightness)
@@ -293,7 +294,8 @@ class AnomalyDetector(nn.Module):
             z = self.detail_weight * of_details + self.to_cells(z)
         if self.patch_score.takes_logarithm:  # squared errors stay in proportion to those of the paper
             z = self.normal_scale(z)
-        z = z.clamp_min(self.lowest)
+        if not self.foreground.takes_all:
+            z = z.clamp_min(self.lowest)
         return torch.where(inside, z, torch.full_like(z, self.lowest)), inside
 
     @torch.jit.export
@@ -347,7 +349,11 @@ class AnomalyDetector(nn.Module):
 
         Args:
             training, validation: what :meth:`embed` gives of healthy images, in batches, iterated more than once.
+
+        Raises:
+            BundleError: if no validation image has any foreground.
         """
+        self._check_foreground(validation)
         if self.reduces:
             deviation = self.feature_std.flatten().double().cpu()
             embeddings = _Mapped(lambda maps: self.unpack(maps).embeddings, training)
@@ -372,6 +378,8 @@ class AnomalyDetector(nn.Module):
             self.detail_score.fit(_Mapped(self._detailed, training))
         self.normal_scale.reset()
         if self.image_score.adjusts:
+            patch_maps, inside = self._scores(training)
+            self.normal_scale.fit(patch_maps[inside])
             self.image_score.fit(*self._scores(training))
 
     @torch.no_grad()
@@ -394,13 +402,12 @@ class AnomalyDetector(nn.Module):
         Raises:
             BundleError: if a rate is not in (0, 1), or no validation image has any foreground.
         """
+        self._check_foreground(validation)
         self.patch_score.calibrate(_Mapped(self._residual, validation))
         if self.detail_score is not None:
             self.detail_score.calibrate(_Mapped(self._detailed, validation))
         self.normal_scale.reset()
         patch_maps, inside = self._scores(validation)
-        if not inside.any():
-            raise BundleError("no healthy validation image has any foreground: give foreground all, or other images")
         self.normal_scale.fit(patch_maps[inside])
         patch_maps, inside = self._scores(validation)
         image_scores = self.image_score.calibrate(patch_maps, inside)
@@ -413,7 +420,8 @@ class AnomalyDetector(nn.Module):
     def negative_log_likelihood(self, prediction: Tensor, maps: Tensor) -> Tensor:
         """Of what is shown: the mean of foreground patches, whose pooled residuals are Gaussian, in nats per patch.
 
-        Comparable between images, and between settings on equal features and pooling.
+        Comparable between images, and between settings on equal features and pooling. Where variances are learned,
+        they are those of single residuals, so that it is a likelihood about. 0 without any foreground.
 
         Args:
             prediction: of the density, see :meth:`SpatialARDensity.forward`.
@@ -421,7 +429,12 @@ class AnomalyDetector(nn.Module):
         """
         residual = self.density.residual_of(prediction, self.standardized(maps))
         nats = self.patch_score.negative_log_likelihood(residual) + self.density.log_scale(prediction)
-        return chosen(nats, self.foreground(self.unpack(maps).brightness)).mean()
+        inside = self.foreground(self.unpack(maps).brightness)
+        return nats[inside].sum() / inside.sum().clamp_min(1)
+
+    def count_foreground(self, maps: Tensor) -> int:
+        """How many foreground patches there are in what :meth:`embed` gave."""
+        return int(self.foreground(self.unpack(maps).brightness).sum())
 
     @torch.no_grad()
     def healthy_log_likelihood(self, healthy: Iterable[Tensor]) -> float:
@@ -429,10 +442,14 @@ class AnomalyDetector(nn.Module):
         total, count = 0.0, 0
         for maps in healthy:
             maps = maps.to(self.threshold.device)
-            patches = len(chosen(maps[:, -1], self.foreground(self.unpack(maps).brightness)))
+            patches = self.count_foreground(maps)
             total += patches * float(self.negative_log_likelihood(self.density(self.standardized(maps)), maps))
             count += patches
         return -total / count
+
+    def _check_foreground(self, validation: Iterable[Tensor]) -> None:
+        if not any(self.count_foreground(maps.to(self.threshold.device)) for maps in validation):
+            raise BundleError("no healthy validation image has any foreground: give foreground all, or other images")
 
     def standardized(self, maps: Tensor) -> Tensor:
         """The standardized embeddings in what :meth:`embed` gave, [B, C, h, w], where the detector is."""
@@ -526,4 +543,4 @@ def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
 
 def same(stored: Any, wanted: Any) -> bool:
     """Whether two entries mean the same: one number stands for a list of equal ones."""
-    return stored == wanted or (isinstance(stored, list) and all(side == wanted for side in stored))
+    return stored == wanted or (isinstance(stored, list) and stored != [] and all(one == wanted for one in stored))

@@ -32,7 +32,8 @@ class Foreground(nn.Module):
 
     def __init__(self, grid: list[int], foreground: float | Literal["auto", "all"] = "auto") -> None:
         super().__init__()
-        if foreground not in ("auto", "all") and not (not isinstance(foreground, str) and 0 <= foreground < 1):
+        number = not isinstance(foreground, (str, bool)) and 0 <= foreground < 1
+        if foreground not in ("auto", "all") and not number:
             raise BundleError(f"foreground is {shown(foreground)}: give auto, all, or an intensity in [0, 1) as 0.05")
         self.takes_all = foreground == "all"
         self.threshold = AUTO if isinstance(foreground, str) else float(foreground)

@@ -26,6 +26,7 @@ USUAL_PRIOR = 10.0
 FOLDS = 5  # of the training images, to choose among them
 LOWEST = -6.0  # z: the value outside the foreground, and the least inside
 TAIL = 3.0  # z, up to which quantiles are matched
+SMALLEST_STEP = 1e-3  # between quantiles of scores of deviation 1: equal ones must not make a slope infinite
 PATCHES_OF_A_QUANTILE = 10  # at least beyond it, for it to be known
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class PatchScore(nn.Module):
         per_position: true: compare with healthy patches at the same position, for images that are about aligned; false:
             with all healthy patches; ``auto``: as healthy training images that were left out are likeliest.
         smoothing: deviation of the Gaussian weights of near positions in the moments, in patches; 0: each alone.
+        what: is scored, for the log.
 
     Raises:
         BundleError: for an unknown scale, a negative pooling or smoothing, or another word than ``auto``.
@@ -69,7 +71,6 @@ class PatchScore(nn.Module):
     smoothing_weights: Tensor
     mean: Tensor
     whitening: Tensor
-    log_determinant: Tensor
     position_mean: Tensor
     position_std: Tensor
     healthy_mean: Tensor
@@ -84,6 +85,7 @@ class PatchScore(nn.Module):
         pooling: float = 1.0,
         per_position: bool | Literal["auto"] = "auto",
         smoothing: float = 0.75,
+        what: str = "patches",
     ) -> None:
         super().__init__()
         check_choice("score_scale", scale, SCALES)
@@ -93,13 +95,13 @@ class PatchScore(nn.Module):
         check(per_position in (True, False, "auto"), "per_position", per_position, "give auto, true or false")
         self.takes_logarithm = scale == "log_radius"
         self.per_position = per_position
+        self.what = what
         self.whitens = fit["kind"] in FITTED
         self.fit_options = fit
         self.register_buffer("weights", _gaussian_weights(pooling), persistent=False)
         self.register_buffer("smoothing_weights", _gaussian_weights(smoothing), persistent=False)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("whitening", torch.eye(channels if self.whitens else 1))
-        self.register_buffer("log_determinant", torch.zeros(()), persistent=False)
         self.register_buffer("position_mean", torch.zeros(grid))
         self.register_buffer("position_std", torch.ones(grid))
         self.register_buffer("healthy_mean", torch.zeros(()))
@@ -131,7 +133,8 @@ class PatchScore(nn.Module):
     def negative_log_likelihood(self, residual: Tensor) -> Tensor:
         """Of every pooled residual, Gaussian with the fitted covariance, in nats, [B, C, h, w] to [B, h, w]."""
         channels = residual.shape[1]
-        constant = channels * math.log(2 * math.pi) + self.log_determinant
+        log_determinant = -2 * torch.linalg.slogdet(self.whitening.double()).logabsdet.float()
+        constant = channels * math.log(2 * math.pi) + log_determinant
         return 0.5 * (channels * self.mean_square(residual) + constant)
 
     @torch.jit.ignore
@@ -140,9 +143,9 @@ class PatchScore(nn.Module):
         """Fit the covariance of pooled residuals, if it is one that is fitted, to healthy training images."""
         if self.whitens:
             pooled = (weighted_mean(batch.residual.float(), self.weights) for batch in healthy)
-            fitted = fit_gaussian(pooled, **self.fit_options)
-            for buffer, value in zip((self.mean, self.whitening, self.log_determinant), fitted, strict=True):
-                buffer.copy_(value)
+            mean, whitening, _ = fit_gaussian(pooled, **self.fit_options)
+            self.mean.copy_(mean)
+            self.whitening.copy_(whitening)
 
     @torch.jit.ignore
     @torch.no_grad()
@@ -160,7 +163,7 @@ class PatchScore(nn.Module):
     def _choose_prior(self, surprise: Tensor, inside: Tensor) -> float:
         """For how many images the moments of all patches count, infinite where positions mean nothing.
 
-        Each fold of neighboring images is judged by the moments of the others: slices of one patient stay together.
+        Each fold of images that follow each other is judged by the moments of the others: slices of a patient do.
         """
         if self.per_position != "auto":
             return USUAL_PRIOR if self.per_position else math.inf
@@ -177,9 +180,9 @@ class PatchScore(nn.Module):
                     nats[prior] += float(cost[inside[out]].sum() / inside.sum())
         best = min(candidates, key=lambda prior: nats[prior])
         gain = nats[math.inf] - min(nats[prior] for prior in PRIOR_IMAGES)
-        found = f"by position, all patches count for {best:g} images" if best < math.inf else "all patches alike"
+        found = f"by position, all of them count for {best:g} images" if best < math.inf else "all alike"
         logger.info(
-            f"healthy patches are compared {found}: positions make left-out healthy patches likelier by {gain:.3f} nats"
+            f"{self.what} are compared {found}: positions make left-out healthy ones likelier by {gain:.3f} nats each"
         )
         return best
 
@@ -205,9 +208,10 @@ class PatchScore(nn.Module):
         """Make the foreground patches of healthy validation images have mean 0 and deviation 1."""
         self.healthy_mean.zero_()
         self.healthy_std.fill_(1)
-        scores = torch.cat([chosen(self(batch.residual), batch.inside).double().cpu() for batch in healthy])
+        scores = torch.cat([self(batch.residual)[batch.inside].double().cpu() for batch in healthy])
         self.healthy_mean.copy_(scores.mean())
-        self.healthy_std.copy_(scores.std().clamp_min(1e-12))
+        if len(scores) > 1:
+            self.healthy_std.copy_(scores.std().clamp_min(1e-12))
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
@@ -233,11 +237,6 @@ def _gaussian_weights(deviation: float) -> Tensor:
     distance = torch.arange(-reach, reach + 1) / max(deviation, 1e-6)
     weights = torch.exp(-0.5 * distance.square())
     return weights / weights.sum()
-
-
-def chosen(values: Tensor, inside: Tensor) -> Tensor:
-    """The foreground values as one row; all where nothing is foreground."""
-    return values[inside] if inside.any() else values.flatten()
 
 
 class NormalScale(nn.Module):
@@ -279,13 +278,12 @@ class NormalScale(nn.Module):
         levels = self.levels.double().cpu()
         share = torch.special.ndtr(levels)
         known = len(ordered) * torch.minimum(share, 1 - share) >= PATCHES_OF_A_QUANTILE
-        if not known.any():
+        if not (known[_at(levels, -1.0)] and known[_at(levels, 1.0)]):
             return
         places = (share * len(ordered)).long().clamp(0, len(ordered) - 1)
         knots = ordered[places]
         low, high = int(known.nonzero()[0]), int(known.nonzero()[-1])
-        spread = knots[high] - knots[low]
-        least = 1e-3 * spread.clamp_min(1e-9) / max(1, high - low)  # equal scores must not make a slope infinite
+        least = torch.tensor(SMALLEST_STEP, dtype=torch.float64)
         above, below = (
             (levels[a] - levels[b]) / (knots[a] - knots[b]).clamp_min(least)
             for a, b in ((high, min(high - 1, _at(levels, 1.0))), (max(low + 1, _at(levels, -1.0)), low))
@@ -378,10 +376,11 @@ class ImageScore(nn.Module):
         self.healthy_mean.zero_()
         self.healthy_std.fill_(1)
         scores = self(patch_maps.to(device), inside.to(device)).double().cpu()
-        self.healthy_mean.copy_(scores.mean())
-        if len(scores) > 1:
-            self.healthy_std.copy_(scores.std().clamp_min(1e-12))
-        return (scores - scores.mean()) / self.healthy_std.double().cpu()
+        shown = scores[inside.flatten(1).any(dim=1).cpu()]  # images without foreground have the lowest score
+        self.healthy_mean.copy_(shown.mean())
+        if len(shown) > 1:
+            self.healthy_std.copy_(shown.std().clamp_min(1e-12))
+        return (scores - shown.mean()) / self.healthy_std.double().cpu()
 
 
 def check_rate(name: str, rate: float) -> float:
