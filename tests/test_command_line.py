@@ -121,7 +121,7 @@ def test_monais_own_syntax_stays_as_it_is(text):
         ({"batch_size": "many"}, "--batch_size must be a whole number, got 'many': for example --batch_size 8"),
         (
             {"per_position": "0"},
-            "--per_position must be true or false or auto, got '0': for example --per_position auto",
+            "--per_position must be true or false or auto, got '0': for example --per_position 'auto'",
         ),
         ({"train::trainer::max_epochs": "ten"}, "must be a whole number"),
         ({"seed": "1.5"}, "--seed must be a whole number"),
