@@ -33,6 +33,7 @@ from bundle.model import agreed_settings
 from bundle.networks.backbones import BACKBONES
 from bundle.networks.detector import AnomalyDetector, Detection, decode_identity
 from bundle.networks.features import CPU_PIXELS
+from bundle.networks.neighbors import SlicePooling
 from bundle.provenance import model_words
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ _OPSET = 18
 _PROTOBUF_LIMIT = 2**31 - 2**24  # bytes of one ONNX file, less 16 MiB for its graph
 _OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _CALIBRATION = ("threshold", "image_threshold", "false_positive_rate", "image_false_positive_rate")
+_POOLING = "slice_pooling"
 _SECTION = "framework"  # of rt_info, where OpenVINO keeps the metadata of an ONNX file
 
 
@@ -190,6 +192,7 @@ def _passport(detector: AnomalyDetector) -> dict[str, str]:
     return {
         "identity": json.dumps(detector.describe(), sort_keys=True),
         **{name: repr(float(getattr(detector, name))) for name in _CALIBRATION},
+        _POOLING: json.dumps({name: value.tolist() for name, value in detector.slice_pooling.state_dict().items()}),
     }
 
 
@@ -235,12 +238,14 @@ class Runner(NamedTuple):
     Attributes:
         identity: as :meth:`AnomalyDetector.describe` gives it.
         calibration: thresholds of patches and of images, and the rates that they were wanted for.
+        pooling: the state of :class:`~bundle.networks.neighbors.SlicePooling`; empty in files from before it.
         run: gives the outputs of :class:`Detection`, in its order, of images [B, 1 or 3, H, W], once the device and the
             precision are known.
     """
 
     identity: dict[str, Any]
     calibration: Sequence[Tensor]
+    pooling: Mapping[str, Tensor]
     run: Callable[[Compute], Callable[[Tensor], Sequence[Tensor]]]
 
 
@@ -267,6 +272,14 @@ class ExportedDetector(nn.Module):
         self.settings = agreed_settings(runner.identity, given)
         self.image_size: list[int] = self.settings["image_size"]
         self.compute = compute
+        self.slice_pooling = SlicePooling(
+            *(self.settings[name] for name in ("slice_pooling", "image_score", "score_scale"))
+        )
+        if runner.pooling:
+            # TorchScript keeps more than a checkpoint
+            state = {name: runner.pooling[name] for name in self.slice_pooling.state_dict()}
+            self.slice_pooling.load_state_dict(state)
+        self.slice_pooling.to(compute.device)
         self._run = runner.run(compute)
         self._identity = runner.identity
 
@@ -342,7 +355,9 @@ def _read_torchscript(file: Path) -> Runner:
     with _quiet():
         module: Any = torch.jit.load(str(file), map_location="cpu")
     calibration = [getattr(module, name) for name in _CALIBRATION]
-    return Runner(decode_identity(module.identity), calibration, lambda compute: module.to(compute.device).detect)
+    pooling = module.slice_pooling.state_dict() if hasattr(module, _POOLING) else {}
+    identity = decode_identity(module.identity)
+    return Runner(identity, calibration, pooling, lambda compute: module.to(compute.device).detect)
 
 
 def _read_onnx(file: Path) -> Runner:
@@ -378,7 +393,8 @@ def _read_openvino(file: Path) -> Runner:
     model = openvino.Core().read_model(file)
     if not model.has_rt_info([_SECTION, "identity"]):
         raise ValueError("it has no identity")
-    passport = {key: model.get_rt_info([_SECTION, key]).astype(str) for key in ("identity", *_CALIBRATION)}
+    keys = [key for key in ("identity", *_CALIBRATION, _POOLING) if model.has_rt_info([_SECTION, key])]
+    passport = {key: model.get_rt_info([_SECTION, key]).astype(str) for key in keys}
 
     def runs(compute: Compute) -> Callable[[Tensor], list[Tensor]]:
         settings = {
@@ -402,7 +418,8 @@ def _from_passport(passport: dict[str, str], runs: Callable[[Compute], Callable[
     if "identity" not in passport:
         raise ValueError("it has no identity")
     calibration = [torch.tensor(float(passport[name]), dtype=torch.float64) for name in _CALIBRATION]
-    return Runner(dict(json.loads(passport["identity"])), calibration, runs)
+    pooling = {name: torch.tensor(value) for name, value in json.loads(passport.get(_POOLING, "{}")).items()}
+    return Runner(dict(json.loads(passport["identity"])), calibration, pooling, runs)
 
 
 _READERS = {".ts": _read_torchscript, ".onnx": _read_onnx, ".xml": _read_openvino}

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from bundle.compute import Compute
 from bundle.data.stream import Slice
 from bundle.errors import BundleError, check
-from bundle.networks.detector import Detection
-from bundle.transforms.slices import MIN_FOREGROUND, WHOLE, SliceChoice
+from bundle.networks.detector import Detection, Detector
+from bundle.transforms.slices import MIN_FOREGROUND, WHOLE, SliceChoice, slice_spacing
 
 
 class SliceBatchInferer(Inferer):
@@ -61,7 +61,8 @@ class SliceBatchInferer(Inferer):
         detections = [self.detect(batch, network) for batch in slices.split(self.batch_size)]
         patch_maps = torch.cat([detection.patch_map for detection in detections]).unflatten(0, (len(stacks), -1))
         scores = torch.cat([detection.image_score for detection in detections]).view(len(stacks), -1)
-        cases = [self.join(*parts) for parts in zip(stacks, patch_maps, scores, strict=True)]
+        spacing = slice_spacing(inputs) if isinstance(inputs, MetaTensor) else 0.0
+        cases = [self.join(*parts, network, spacing) for parts in zip(stacks, patch_maps, scores, strict=True)]
         joined = {key: torch.stack([case[key] for case in cases]) for key in cases[0]}
         joined["map"] = joined["map"].view(*images.shape[:1], 1, *images.shape[2:])
         if isinstance(inputs, MetaTensor):
@@ -82,26 +83,34 @@ class SliceBatchInferer(Inferer):
             raise BundleError(f"the anomaly map is not finite in {precision}: give --precision bf16 or fp32")
         return detection
 
-    def join(self, stack: Tensor, patch_maps: Tensor, slice_scores: Tensor) -> dict[str, Tensor]:
-        """One case from its slices.
+    @torch.inference_mode()
+    def join(
+        self, stack: Tensor, patch_maps: Tensor, slice_scores: Tensor, network: Detector, spacing: float = 0.0
+    ) -> dict[str, Tensor]:
+        """One case from its slices, which the ``network`` pools.
 
         Args:
             stack: [C, H, W, slices] in [0, 1].
-            patch_maps: [slices, h, w].
-            slice_scores: [slices].
+            patch_maps: [slices, h, w], of each slice alone.
+            slice_scores: [slices], of each slice alone.
+            network: the detector that gave them.
+            spacing: of the slices, in mm; 0 where it is not known: then each stays alone.
 
         Returns:
             ``map`` [1, H, W, slices], ``patch_map`` [1, h, w, slices], ``slice_scores`` [slices] and ``slice_counts``
             [slices] bool, whether each may make the score of the case: :class:`~bundle.results.CaseResult` tells what
             follows.
         """
-        maps = F.interpolate(patch_maps[:, None], stack.shape[1:3], mode="bilinear", align_corners=False)
         counting = self.choose(stack) or range(stack.shape[-1])
+        counts = torch.tensor([index in counting for index in range(len(slice_scores))])
+        if not self.raw:
+            patch_maps, slice_scores = network.slice_pooling(patch_maps, slice_scores, spacing, counts)
+        maps = F.interpolate(patch_maps[:, None], stack.shape[1:3], mode="bilinear", align_corners=False)
         return {
             "map": maps.movedim(0, -1),
             "patch_map": patch_maps.movedim(0, -1)[None],
             "slice_scores": slice_scores,
-            "slice_counts": torch.tensor([index in counting for index in range(len(slice_scores))]),
+            "slice_counts": counts,
         }
 
 
@@ -121,15 +130,15 @@ def detect_slices(engine: Engine, batch: list[Slice]) -> list[dict[str, Any]]:
         if case.complete:
             completed.append(case)
     evaluator.state.batch = [dict(case.item) for case in completed]
-    evaluator.state.output = [_output(case.item, case.done, evaluator.inferer) for case in completed]
+    evaluator.state.output = [_output(case.item, case.done, evaluator) for case in completed]
     evaluator.fire_event(IterationEvents.MODEL_COMPLETED)
     return evaluator.state.output
 
 
-def _output(case: dict[str, Any], slices: list[tuple[Tensor, Tensor]], inferer: SliceBatchInferer) -> dict[str, Any]:
+def _output(case: dict[str, Any], slices: list[tuple[Tensor, Tensor]], evaluator: Any) -> dict[str, Any]:
     image: MetaTensor = case[CommonKeys.IMAGE]
     patch_maps, scores = (torch.stack(values) for values in zip(*slices, strict=True))
-    joined = inferer.join(image.as_tensor(), patch_maps, scores)
+    joined = evaluator.inferer.join(image.as_tensor(), patch_maps, scores, evaluator.network, slice_spacing(image))
     joined["map"] = MetaTensor(joined["map"], meta=image.meta, applied_operations=image.applied_operations)
     output: dict[str, Any] = {CommonKeys.IMAGE: image, CommonKeys.PRED: joined}
     return output | ({CommonKeys.LABEL: case[CommonKeys.LABEL]} if CommonKeys.LABEL in case else {})

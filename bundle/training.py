@@ -248,7 +248,10 @@ class Calibration:
     def calibrate(self) -> None:
         """Finish the detector, and write it."""
         self.compute.run(self.detector.fit_after_training, self.training.batches(self.patches))
-        self.compute.run(self.detector.calibrate, self.validation.batches(), self.validation.patients, *self.rates)
+        validation = self.validation
+        self.compute.run(
+            self.detector.calibrate, validation.batches(), validation.patients, *self.rates, validation.volumes
+        )
         logger.info(self.promise())
         nats = self.compute.run(self.detector.healthy_log_likelihood, self.validation.batches())
         logger.info(f"the healthy validation images have a log-likelihood of {nats:.2f} nats per foreground patch")

@@ -17,6 +17,7 @@ OF_DETECTOR = (
     "detail_weight",
     "foreground",
     "image_score",
+    "slice_pooling",
     "preprocessing",
 )
 

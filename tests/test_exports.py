@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from builders import PREPROCESSING, small_detector
+from monai.data import MetaTensor
 from PIL import Image
 from test_commands import EVALUATE, INFER, ROOT, succeed
 from torch.nn import functional as F
@@ -18,8 +19,10 @@ from bundle import compute, exports
 from bundle.checkpoint import save_checkpoint
 from bundle.errors import BundleError
 from bundle.exports import check_parity, export_all, load_exported, resize_by_matrices
+from bundle.inferers import SliceBatchInferer
 from bundle.networks import FeatureNetwork
 from bundle.networks.backbones import BACKBONES
+from bundle.networks.neighbors import PlacedSlices
 from bundle.samples import make_sample_cohort
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
@@ -45,7 +48,7 @@ def exported(tmp_path_factory):
     lite.set_standardization(torch.randn(healthy[0].shape[1]), torch.rand(healthy[0].shape[1]) + 0.5)
     lite.fit_before_training(healthy, healthy)
     lite.fit_after_training(healthy)
-    lite.calibrate(healthy)
+    lite.calibrate(healthy, volumes=[PlacedSlices([0, 1], [0.0, 5.0]), PlacedSlices([2, 3], [0.0, 5.0])])
     tiny = FeatureNetwork("dinov3_vits16", "random", layers=(0, 2), timm_kwargs=TINY_VIT)
     found = {}
     for name, detector in {"efficientnet_lite0": lite, "dinov3_vits16": small_detector(tiny).eval()}.items():
@@ -122,6 +125,19 @@ def test_the_table_says_speed_size_and_difference_of_each(lite):
         assert float(row["megabytes"]) * 1e6 == pytest.approx(sum(file.stat().st_size for file in written))
         assert float(row["max_difference"]) < 1e-4
     assert all(name in exports.table(rows) for name in ("pytorch", *FORMATS))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_pools_the_slices_of_a_volume_as_the_checkpoint_does(lite, name):
+    detector, folder, _ = lite
+    affine = torch.diag(torch.tensor([1.0, 1.0, 5.0, 1.0]))
+    volume = MetaTensor(torch.rand(1, 1, 64, 64, 3), affine=affine, meta={"slice_axis": 2})
+    expected = SliceBatchInferer()(volume, detector)
+    found = SliceBatchInferer()(volume, load_exported(folder / FORMATS[name]))
+    for key in ("map", "slice_scores"):
+        torch.testing.assert_close(found[key], expected[key], atol=1e-3, rtol=1e-3)
+    alone = detector.detect(volume.as_tensor()[..., 1]).anomaly_map
+    assert float((found["map"].as_tensor()[..., 1] - alone).abs().max()) > 0.01
 
 
 def test_random_weights_are_named_in_the_table(exported):

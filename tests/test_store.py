@@ -1,6 +1,7 @@
 """The feature cache: found by content and recipe, whole or not at all, never above its limit."""
 
 import json
+import math
 import os
 import shutil
 
@@ -35,6 +36,16 @@ def test_an_entry_comes_back_in_a_later_run(tmp_path):
     assert "c" not in later
     assert later.count("b") == 2
     torch.testing.assert_close(later.read("b", 1), embeddings(1)[1], atol=2e-3, rtol=1e-3)
+
+
+def test_positions_of_slices_come_back_to_the_tenth_of_a_millimeter_and_more(tmp_path):
+    store = filled(tmp_path, "a")
+    store.add("b", embeddings(1), torch.tensor([1000.1, 1003.2]))
+    store.flush()
+    later = EmbeddingStore(tmp_path, tmp_path, RECIPE)
+    assert later.positions("b") == pytest.approx([1000.1, 1003.2], abs=1e-3)
+    assert all(math.isnan(position) for position in later.positions("a"))
+    assert later.count("b") == 2
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,22 @@ def test_embeddings_are_those_of_the_detector_in_order(detector, files, tmp_path
     torch.testing.assert_close(torch.cat(batches), torch.stack([dataset[i] for i in range(9)]))
 
 
+def placed(name, indices, spacing=2.5):
+    """What the transform of training gives of a volume: chosen slices of it."""
+    affine = torch.diag(torch.tensor([1.0, 1.0, spacing, 1.0]))
+    meta = {"slice_axis": 2}
+    return [
+        {"name": name, "image": MetaTensor(torch.rand(1, 48, 40), affine, meta | {"slice_index": index})}
+        for index in indices
+    ]
+
+
+def test_volumes_are_known_by_the_places_of_their_slices_and_pictures_are_none(detector, files, tmp_path):
+    items = {"a": placed("a", [2, 3, 5]), "b": case("b", 1), "c": placed("c", [0, 4])}
+    dataset = cached(detector, files, tmp_path / "cache", lambda item: items[item["name"]])
+    assert dataset.volumes == [([0, 1, 2], [5.0, 7.5, 12.5]), ([4, 5], [0.0, 10.0])]
+
+
 def test_a_bounded_number_of_patches_comes_from_slices_at_equal_distances(detector, files, tmp_path):
     dataset = cached(detector, files, tmp_path / "cache", decoded(files, []))
     (batch,) = dataset.batches(patches=3 * 16 + 5)  # 16 patches a slice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -17,11 +18,12 @@ from tqdm import tqdm
 from bundle.compute import Compute
 from bundle.data.cases import Case, add_keys, number_patients
 from bundle.data.store import EmbeddingStore
-from bundle.data.stream import SliceBatches
+from bundle.data.stream import SliceBatches, positions_of
 from bundle.distributed import gather, shard
 from bundle.errors import BundleError
 from bundle.files import content_key
 from bundle.networks.detector import AnomalyDetector
+from bundle.networks.neighbors import PlacedSlices
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +94,21 @@ class EmbeddingDataset(Dataset[Tensor]):
                 for (_, case), values in zip(batch, embeddings, strict=True):
                     case.done.append(values)
                     if case.complete:
-                        self.store.add(missing[case.position][0], torch.stack(case.done))
+                        key, _ = missing[case.position]
+                        self.store.add(key, torch.stack(case.done), positions_of(case.item))
                         bar.update()
         self.store.flush()
+
+    @property
+    def volumes(self) -> list[PlacedSlices]:
+        """The cases of which it is known where their slices lie, of two or more slices each."""
+        found, first = [], 0
+        for key in self.keys:
+            positions = self.store.positions(key)
+            if len(positions) > 1 and math.isfinite(positions[0]):
+                found.append(PlacedSlices(list(range(first, first + len(positions))), positions))
+            first += len(positions)
+        return found
 
     def __len__(self) -> int:
         return len(self._places)

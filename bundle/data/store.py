@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,13 @@ from bundle.files import whole_file, write_json
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SHARD_BYTES = 2**24  # what waits in memory and what an interruption loses at most; a file that opens fast
 GIGABYTE = 10**9
+POSITIONS = "/mm"  # what the positions of an entry are called, after its key
 
 logger = logging.getLogger(__name__)
 
 
 class EmbeddingStore:
-    """Patch embeddings [slices, C, h, w] of images, in safetensors shards below one folder per recipe.
+    """Patch embeddings [slices, C, h, w] of images, and where their slices lie, in shards below a folder per recipe.
 
     An entry is found by the hash of the image's file and by the hash of the recipe: all that decides the embeddings
     but the image. Another recipe is another folder, so a stale entry is never read. Shards appear whole or not at all:
@@ -60,7 +63,7 @@ class EmbeddingStore:
             raise BundleError(f"cache_limit_gb must be above 0, got {limit_gb}: --cache_dir off keeps nothing")
         self.stored = STORED[check_choice("cache_precision", stored, STORED)]
         self.limit = int(limit_gb * GIGABYTE)
-        self.recipe = {**recipe, "stored": stored, "bundle": __version__}
+        self.recipe = {**recipe, "stored": stored, "positions": "mm", "bundle": __version__}
         self._temporary: tempfile.TemporaryDirectory | None = None
         self.kept = directory not in (None, "off")
         self._directory = Path(str(directory)) if self.kept else Path(temporary)
@@ -92,10 +95,27 @@ class EmbeddingStore:
         Raises:
             BundleError: if the shard has vanished or is damaged.
         """
+        with self._opened_shard(key) as file:
+            embeddings: Tensor = file.get_slice(key)[index]
+            return embeddings.float()
+
+    def positions(self, key: str) -> list[float]:
+        """Where the slices of entry ``key`` lie, in mm along their normal; not a number where nobody knows.
+
+        Raises:
+            BundleError: if the shard has vanished or is damaged.
+        """
+        self._open()
+        with self._opened_shard(key) as file:
+            positions: list[float] = file.get_tensor(key + POSITIONS).tolist()
+            return positions
+
+    @contextmanager
+    def _opened_shard(self, key: str) -> Iterator[Any]:
         shard = self._shard_of[key]
         try:
             with safe_open(shard, "pt") as file:  # opened anew: pages of an open map would count as our memory
-                return file.get_slice(key)[index].float()
+                yield file
         except (OSError, SafetensorError) as error:
             raise BundleError(
                 f"cannot read '{shard}' of the feature cache ({error}): delete it and run again"
@@ -108,8 +128,13 @@ class EmbeddingStore:
             os.utime(shard)
             self._used.add(shard)
 
-    def add(self, key: str, embeddings: Tensor) -> None:
-        """Add an entry [slices, C, h, w]; it can be read after the next :meth:`flush`.
+    def add(self, key: str, embeddings: Tensor, positions: Tensor | None = None) -> None:
+        """Add an entry; it can be read after the next :meth:`flush`.
+
+        Args:
+            key: of the entry.
+            embeddings: [slices, C, h, w].
+            positions: [slices], see :meth:`positions`; None: nobody knows.
 
         Raises:
             BundleError: if a value does not fit into the precision on disk, or the limit is reached.
@@ -120,7 +145,8 @@ class EmbeddingStore:
                 f"embeddings up to {float(embeddings.abs().max()):.3g} do not fit into the feature cache's "
                 f"{str(self.stored).removeprefix('torch.')}: give --cache_precision fp32"
             )
-        self._waiting[key] = values
+        nowhere = torch.full((len(values),), torch.nan)
+        self._waiting |= {key: values, key + POSITIONS: nowhere if positions is None else positions.float()}
         if sum(value.nbytes for value in self._waiting.values()) >= SHARD_BYTES:
             self.flush()
 
@@ -181,7 +207,7 @@ class EmbeddingStore:
     def _index(self, shard: Path) -> None:
         try:
             with safe_open(shard, "pt") as file:
-                for key in file.keys():
+                for key in (name for name in file.keys() if not name.endswith(POSITIONS)):
                     self._shard_of[key] = shard
                     self._count[key] = file.get_slice(key).get_shape()[0]
         except (OSError, SafetensorError) as error:

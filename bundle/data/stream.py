@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from monai.data import DataLoader
 from monai.utils import first
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from bundle.errors import check
+from bundle.transforms.slices import slice_spacing
 
 READ_AHEAD = 2  # cases that wait, decoded
 
@@ -94,6 +96,15 @@ def slices_of(item: Any) -> list[Tensor]:
     if isinstance(item, list):
         return [part["image"].as_tensor() for part in item]
     return list(item["image"].as_tensor().unbind(-1))
+
+
+def positions_of(item: Any) -> Tensor:
+    """Where the slices that :func:`slices_of` gives lie, in mm along their normal, not a number where nobody knows."""
+    if isinstance(item, list):
+        image, indices = item[0]["image"], [part["image"].meta["slice_index"] for part in item]
+    else:
+        image, indices = item["image"], list(range(item["image"].shape[-1]))
+    return torch.tensor(indices, dtype=torch.float32) * (slice_spacing(image) or torch.nan)
 
 
 def read_ahead(source: Iterable[Any], count: int) -> Iterator[Any]:

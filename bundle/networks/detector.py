@@ -21,6 +21,7 @@ from bundle.networks.detail import Detailed, DetailScore
 from bundle.networks.features import FeatureNetwork
 from bundle.networks.foreground import Foreground, mean_brightness
 from bundle.networks.gaussian import moments
+from bundle.networks.neighbors import PlacedSlices, SlicePooling, Volume
 from bundle.networks.scores import (
     LOWEST,
     Healthy,
@@ -48,6 +49,7 @@ AFTER_EMBEDDING = (
     "detail_weight",
     "foreground",
     "image_score",
+    "slice_pooling",
 )
 
 
@@ -80,6 +82,7 @@ class Detector(Protocol):
     image_threshold: Tensor
     false_positive_rate: Tensor
     image_false_positive_rate: Tensor
+    slice_pooling: SlicePooling
 
     def resize(self, image: Tensor) -> Tensor:
         """Bring ``image`` [B, C, H, W] to the size that the backbone sees."""
@@ -124,6 +127,8 @@ class AnomalyDetector(nn.Module):
         detail_weight: of the z-scores of details beside those of embeddings, where the features have details.
         foreground: see :class:`~bundle.networks.foreground.Foreground`.
         image_score: see :class:`~bundle.networks.scores.ImageScore`.
+        slice_pooling: deviation of the weights of near slices in the map of a volume, in mm, see
+            :class:`~bundle.networks.neighbors.SlicePooling`; 0: each slice alone.
 
     Raises:
         BundleError: if ``image_size`` is not divisible by the patch size in every tile, the density is of other
@@ -162,6 +167,7 @@ class AnomalyDetector(nn.Module):
         detail_weight: float = 0.5,
         foreground: float | Literal["auto", "all"] = "auto",
         image_score: str = "top_patches",
+        slice_pooling: float = 6.0,
     ) -> None:
         super().__init__()
         channels = features.num_channels
@@ -206,6 +212,7 @@ class AnomalyDetector(nn.Module):
         self.detail_weight = detail_weight
         self.normal_scale = NormalScale()
         self.image_score = ImageScore(image_score)
+        self.slice_pooling = SlicePooling(slice_pooling, image_score, score_scale)
         self.lowest = LOWEST
         self.tiles = tiles
         self.standardizes = standardize
@@ -389,6 +396,7 @@ class AnomalyDetector(nn.Module):
         cases: Sequence[int] | None = None,
         false_positive_rate: float = 0.01,
         image_false_positive_rate: float = 0.05,
+        volumes: Sequence[PlacedSlices] = (),
     ) -> None:
         """Set scales and thresholds from healthy validation images, which no score was fitted to.
 
@@ -398,6 +406,7 @@ class AnomalyDetector(nn.Module):
                 None: each is a case of its own.
             false_positive_rate: the largest share of healthy foreground patches above ``threshold``, in (0, 1).
             image_false_positive_rate: the same of healthy cases above ``image_threshold``.
+            volumes: which slices are scored together, as in use; all others are scored alone.
 
         Raises:
             BundleError: if a rate is not in (0, 1), or no validation image has any foreground.
@@ -411,11 +420,20 @@ class AnomalyDetector(nn.Module):
         self.normal_scale.fit(patch_maps[inside])
         patch_maps, inside = self._scores(validation)
         image_scores = self.image_score.calibrate(patch_maps, inside)
+        if volumes and self.slice_pooling.width:
+            self._pool_healthy(patch_maps, image_scores, volumes)
         self.threshold.fill_(conformal_threshold(patch_maps[inside], false_positive_rate, "patches"))
         case_scores = image_scores if cases is None else largest_of_each(image_scores, cases)
         self.image_threshold.fill_(conformal_threshold(case_scores, image_false_positive_rate, "images"))
         self.false_positive_rate.fill_(false_positive_rate)
         self.image_false_positive_rate.fill_(image_false_positive_rate)
+
+    def _pool_healthy(self, patch_maps: Tensor, image_scores: Tensor, volumes: Sequence[PlacedSlices]) -> None:
+        """Calibrate the pooling, and put what it gives in the place of what the slices of ``volumes`` have alone."""
+        healthy = [Volume(patch_maps[one.slices], torch.tensor(one.positions)) for one in volumes]
+        pooled = self.slice_pooling.calibrate(healthy, self.image_score)
+        for one, (maps, scores) in zip(volumes, pooled, strict=True):
+            patch_maps[one.slices], image_scores[one.slices] = maps, scores
 
     def negative_log_likelihood(self, prediction: Tensor, maps: Tensor) -> Tensor:
         """Of what is shown: the mean of foreground patches, whose pooled residuals are Gaussian, in nats per patch.
@@ -482,8 +500,10 @@ class AnomalyDetector(nn.Module):
             refuse_other(decode_identity(stored), self.describe())
             # that of an earlier version may have entries that this one does not need, and lack others
             state_dict[prefix + "identity"] = self.identity
-            for name, value in NormalScale().state_dict(prefix=prefix + "normal_scale.").items():
-                state_dict.setdefault(name, value)  # earlier maps were not brought to a normal scale
+            # earlier maps were not brought to a normal scale, and slices were not pooled
+            for name, part in {"normal_scale": NormalScale(), "slice_pooling": SlicePooling()}.items():
+                for key, value in part.state_dict(prefix=f"{prefix}{name}.").items():
+                    state_dict.setdefault(key, value)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -523,7 +543,7 @@ def completed(identity: Mapping[str, Any]) -> dict[str, Any]:
     """``identity``, with what was meant before it had such an entry, where that is not today's default."""
     spec = BACKBONES.get(str(identity.get("backbone")))
     blocks = {"blocks": "normed"} if spec is not None and spec.has_blocks else {}
-    return {"foreground": "all", "detail_layers": [], **blocks} | dict(identity)
+    return {"foreground": "all", "detail_layers": [], "slice_pooling": 0.0, **blocks} | dict(identity)
 
 
 def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -141,6 +141,12 @@ class ExtractSlicesd(Transform):
         return [{**data, **{key: _slice(data[key], index) for key in present}} for index in chosen]
 
 
+def slice_spacing(image: MetaTensor) -> float:
+    """Millimeters from a slice of ``image``, a stack or one slice of it, to the next; 0 where nobody knows."""
+    placed = image.meta.get("slice_axis") is not None
+    return float(image.affine[..., :3, 2].norm()) if placed else 0.0
+
+
 def _slice(stack: MetaTensor, index: int) -> MetaTensor:
     affine = stack.affine.clone()
     affine[:3, 3] += index * affine[:3, 2]

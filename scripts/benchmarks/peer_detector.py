@@ -21,6 +21,7 @@ from bundle.errors import BundleError, check_choice
 from bundle.networks.detector import AFTER_EMBEDDING, AnomalyDetector, Detection, refuse_other
 from bundle.networks.foreground import mean_brightness
 from bundle.networks.gaussian import moments
+from bundle.networks.neighbors import SlicePooling
 from scripts.benchmarks.dino_peers import DinomalyPeer, InpFormerPeer, SuperAddPeer
 from scripts.benchmarks.peers import NearestNeighborPeer, PadimPeer, PatchCorePeer, PeerFeatures
 
@@ -86,6 +87,7 @@ class PeerDetector(nn.Module):
             self.peer: Any = PEERS[peer](PeerFeatures(detector, compute, standardize), **self.arguments)
         except TypeError as error:
             raise BundleError(f"peer_arguments {self.arguments} do not fit {peer}: {error}") from error
+        self.slice_pooling = SlicePooling()  # a peer sees each slice alone
         for name in ("threshold", "image_threshold"):
             self.register_buffer(name, torch.full((), float("inf")))
         for name in ("false_positive_rate", "image_false_positive_rate"):

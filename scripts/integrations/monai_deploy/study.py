@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bundle.networks import AnomalyDetector
 from bundle.transforms.slices import SliceChoice
@@ -30,11 +31,12 @@ class StudyDetector(nn.Module):
         self.min_foreground = float(min_foreground)
         self.batch_size = batch_size
 
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
+    def forward(self, image: Tensor, spacing: float = 0.0) -> dict[str, Tensor]:
         """What is found in one study.
 
         Args:
             image: [1, C, rows, columns, slices] in [0, 1], as the preprocessing gives it.
+            spacing: of the slices, in mm; 0 where it is not known: then each is scored alone.
 
         Returns:
             On the CPU ``map`` [1, rows, columns, slices] float, ``mask`` of that shape uint8 (0, 1), ``slice_scores``
@@ -46,11 +48,12 @@ class StudyDetector(nn.Module):
         scores: list[Tensor] = []
         for slices in stack.movedim(-1, 0).split(self.batch_size):
             found = self.detector.detect(slices)
-            maps.append(found.anomaly_map.cpu())
+            maps.append(found.patch_map.cpu())
             scores.append(found.image_score.cpu())
-        anomaly_map = torch.cat(maps).movedim(0, -1)
-        slice_scores = torch.cat(scores)
         counting = self.counting(stack)
+        patch_maps, slice_scores = self.detector.slice_pooling(torch.cat(maps), torch.cat(scores), spacing, counting)
+        size = [stack.shape[1], stack.shape[2]]
+        anomaly_map = F.interpolate(patch_maps.unsqueeze(1), size, mode="bilinear", align_corners=False).movedim(0, -1)
         return {
             "map": anomaly_map,
             "mask": (anomaly_map > self.detector.threshold.cpu()).to(torch.uint8),
