@@ -420,6 +420,7 @@ class AnomalyDetector(nn.Module):
         self.normal_scale.fit(patch_maps[inside])
         patch_maps, inside = self._scores(validation)
         image_scores = self.image_score.calibrate(patch_maps, inside)
+        self.slice_pooling.length.zero_()  # nothing is pooled
         if volumes and self.slice_pooling.width:
             self._pool_healthy(patch_maps, image_scores, volumes)
         self.threshold.fill_(conformal_threshold(patch_maps[inside], false_positive_rate, "patches"))

@@ -73,7 +73,7 @@ class SlicePooling(nn.Module):
         self.matches_quantiles = score_scale == "log_radius"
         self.normal_scale = NormalScale()
         self.image_score = ImageScore(image_score)
-        self.register_buffer("length", torch.full((), float("nan")))
+        self.register_buffer("length", torch.zeros(()))
 
     def forward(
         self, patch_maps: Tensor, image_scores: Tensor, spacing: float, counts: Tensor
