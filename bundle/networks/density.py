@@ -214,11 +214,6 @@ class SpatialARDensity(nn.Module):
             return torch.zeros_like(prediction[:, 0])
         return 0.5 * self._log_variance(prediction).sum(dim=1)
 
-    @torch.jit.ignore
-    def negative_log_likelihood(self, prediction: Tensor, features: Tensor) -> Tensor:
-        """Its negative mean, in nats per patch: comparable between images, and between settings on equal features."""
-        return -self.log_likelihood(prediction, features).mean()
-
     def _surprise(self, prediction: Tensor, features: Tensor) -> Tensor:
         """Squares of the whitened residual, plus the logarithms of learned variances, [B, C, h, w]."""
         residual = self.residual_of(prediction, features)
