@@ -26,7 +26,7 @@ PARTS: tuple[Callable[..., Any], ...] = (Reading, FeatureNetwork, SpatialARDensi
 NO_SETTINGS = ("weights", "weights_sha256", "timm_kwargs", "preprocessing")
 OPEN = ("channel",)  # what a model may leave to its user
 # values that stand for a choice of training
-TO_BE_CHOSEN = {"backbone": "auto", "layers": None, "detail_layers": None, "image_size": None}
+TO_BE_CHOSEN = {"backbone": "auto", "layers": None, "detail_layers": None, "image_size": None, "intensity": "auto"}
 
 logger = logging.getLogger(__name__)
 

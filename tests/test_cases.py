@@ -234,7 +234,7 @@ def test_healthy_images_that_the_feature_cache_knows_are_not_read_again(tmp_path
     read = []
     known = {content_key(root / "train/good/h1.png")}
     picture(root / "train/good/h2.png", value=7)
-    splits = read_splits(root, lambda case: read.append(Path(case["image"]).stem), store=known)
+    splits = read_splits(find_splits(root), lambda case: read.append(Path(case["image"]).stem), store=known)
     assert [Path(case["image"]).stem for case in splits["training"]] == ["h1", "h2"]
     assert "h2" in read
     assert "h1" not in read
@@ -272,7 +272,7 @@ def test_a_healthy_volume_without_a_slice_to_learn_from_is_skipped_on_request(tm
         values = np.full((20, 20, 4), value, np.float32)
         nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / f"{name}.nii.gz")
     load = LoadCased("image")
-    splits = read_splits(tmp_path, load, Compose([load, ExtractSlicesd("image")]), on_error="skip")
+    splits = read_splits(find_splits(tmp_path), load, Compose([load, ExtractSlicesd("image")]), on_error="skip")
     assert sorted(case["name"] for split in splits.values() for case in split) == ["a", "b"]
     assert "'empty' has no slice" in caplog.text
 
@@ -281,19 +281,19 @@ def test_a_missing_image_is_named_with_a_feature_cache_too(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "data.json").write_text(json.dumps({"training": ["a.png", "missing.png"]}))
     with pytest.raises(BundleError, match=r"no file at '.*missing\.png'"):
-        read_splits(tmp_path / "data.json", LoadCased("image"), store=set())
+        read_splits(find_splits(tmp_path / "data.json"), LoadCased("image"), store=set())
 
 
 def test_learns_from_as_many_healthy_images_as_wanted_always_the_same(tmp_path):
     for index in range(8):
         picture(bmad(tmp_path) / "train/good" / f"more{index}.png", value=index)
     names = [
-        [case["name"] for case in read_splits(tmp_path, lambda case: case, seed=seed, healthy_images=count)["training"]]
+        [case["name"] for case in find_splits(tmp_path, seed=seed, healthy_images=count)["training"]]
         for seed, count in ((0, 4), (0, 4), (1, 4), (0, 100))
     ]
     assert len(names[0]) == 4 and names[0] == names[1] != names[2] and len(names[3]) == 10
     with pytest.raises(BundleError, match="healthy_images is 0"):
-        read_splits(tmp_path, lambda case: case, healthy_images=0)
+        find_splits(tmp_path, healthy_images=0)
 
 
 def slices(root, split="train/good", patients=range(4), count=6):

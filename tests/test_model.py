@@ -95,10 +95,11 @@ def test_what_an_earlier_checkpoint_lacks_cannot_be_changed(checkpoint):
         trained_settings(checkpoint, {"feature_pooling": 3})
 
 
-def test_auto_stands_for_any_backbone_and_for_nothing_else(checkpoint):
-    rewritten(checkpoint, intensity="8bit")
-    with pytest.raises(BundleError, match="intensity '8bit', not 'auto'"):
-        trained_settings(checkpoint, {"intensity": "auto"})
+def test_auto_stands_for_what_training_chose_and_for_nothing_else(checkpoint):
+    rewritten(checkpoint, intensity="8bit", foreground="all")
+    assert trained_settings(checkpoint, {"backbone": "auto", "intensity": "auto"})["intensity"] == "8bit"
+    with pytest.raises(BundleError, match="foreground 'all', not 'auto'"):
+        trained_settings(checkpoint, {"foreground": "auto"})
 
 
 def test_other_weights_have_a_remedy_of_their_own(checkpoint):

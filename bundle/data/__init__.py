@@ -2,6 +2,7 @@
 
 from bundle.data.cases import find_images, find_splits, keep_readable, read_splits
 from bundle.data.embeddings import EmbeddingDataset
+from bundle.data.schemes import SplitFinder, settings_for
 from bundle.data.store import EmbeddingStore
 from bundle.data.stream import SliceBatches
 
@@ -9,8 +10,10 @@ __all__ = [
     "EmbeddingDataset",
     "EmbeddingStore",
     "SliceBatches",
+    "SplitFinder",
     "find_images",
     "find_splits",
     "keep_readable",
     "read_splits",
+    "settings_for",
 ]

@@ -14,7 +14,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, dropwhile
 from operator import itemgetter
@@ -51,58 +51,42 @@ logger = logging.getLogger(__name__)
 
 
 def read_splits(
-    dataset_dir: str | os.PathLike,
+    found: Mapping[str, list[Case]],
     transform: Callable[[Case], Any],
     healthy_transform: Callable[[Case], Any] | None = None,
     on_error: str = "raise",
-    seed: int = 0,
-    needed: Sequence[str] = SPLITS,
     store: Container[str] | None = None,
-    healthy_images: int | None = None,
-    patient_pattern: str | None = None,
 ) -> dict[str, list[Case]]:
-    """The readable cases of each split of a data set, see :func:`find_splits` and :func:`keep_readable`.
+    """The readable cases of each split of a data set, see :func:`keep_readable`.
 
     Args:
-        dataset_dir: see :func:`find_splits`.
+        found: the cases of each split, see :func:`find_splits`.
         transform: reads a case.
         healthy_transform: reads a case of the training and validation splits and cuts it into slices, so that one
             without any is a bad case; None: ``transform``.
         on_error: ``raise`` or ``skip``.
-        seed: see :func:`find_splits`.
-        needed: the splits that are read; the others stay empty.
         store: the feature cache; healthy images that it knows by their content were read before, and are not again.
             Each healthy case then has its ``key``. None: there is no cache to look into.
-        healthy_images: how many of the training images are used, drawn by ``seed``; None: all.
-        patient_pattern: see :func:`find_splits`.
 
     Raises:
-        BundleError: for bad data, or if a split that alone is needed is empty.
+        BundleError: for bad data, or if of a split of healthy images none can be read.
     """
-    path = Path(dataset_dir)
-    splits = find_splits(path, seed, needed, patient_pattern)
-    if healthy_images is not None:
-        if healthy_images < 1:
-            raise BundleError(f"healthy_images is {healthy_images}: give at least 1, or null for all")
-        drawn = random.Random(seed).sample(splits["training"], min(healthy_images, len(splits["training"])))
-        splits["training"] = sorted(drawn, key=itemgetter("name"))
-    if list(needed) == ["test"] and not splits["test"]:
-        raise BundleError(f"'{path}' has no test images: put them into test/good and test/Ungood")
-    healthy = [*splits["training"], *splits["validation"]]
+    healthy = [*found["training"], *found["validation"]]
     if store is not None:
         add_keys(healthy)
     known = {id(case) for case in healthy if store is not None and case.get("key") in store}
-    tests = {id(case) for case in splits["test"]}
+    tests = {id(case) for case in found["test"]}
 
     def read(case: Case) -> Any:
         return (transform if healthy_transform is None or id(case) in tests else healthy_transform)(case)
 
-    unknown = [case for split in SPLITS for case in splits[split] if id(case) not in known]
+    unknown = [case for split in SPLITS for case in found[split] if id(case) not in known]
     kept = known | {id(case) for case in keep_readable(unknown, read, on_error)}
-    splits = {split: [case for case in cases if id(case) in kept] for split, cases in splits.items()}
-    for split in needed:
-        if split != "test" and not splits[split]:
-            raise BundleError(f"no image of the {split} split of '{path}' can be read: check the files")
+    splits = {split: [case for case in found[split] if id(case) in kept] for split in SPLITS}
+    for split in ("training", "validation"):
+        if found[split] and not splits[split]:
+            place = _place(found[split][0])
+            raise BundleError(f"no image of the {split} split can be read, the first is '{place}': check the files")
     return splits
 
 
@@ -127,6 +111,7 @@ def find_splits(
     seed: int = 0,
     needed: Sequence[str] = SPLITS,
     patient_pattern: str | None = None,
+    healthy_images: int | None = None,
 ) -> dict[str, list[Case]]:
     """The cases of each split of a data set; nothing is read but names.
 
@@ -142,6 +127,7 @@ def find_splits(
         patient_pattern: a regular expression that is searched in each case's path below the data folder, with ``/``,
             without suffix and without the leading folders of the layout (``train/good/img``), since a patient has the
             same name in every split. Its first group, or else the whole match, is the patient. None: no rule.
+        healthy_images: how many of the training images are used, drawn by ``seed``; None: all.
 
     Returns:
         ``training``, ``validation``, ``test``: lists of cases; the first two hold healthy cases only, since nothing may
@@ -150,7 +136,8 @@ def find_splits(
     Raises:
         BundleError: if the folder is missing or empty, a mask is missing, healthy images of fewer than two patients are
             found, a patient is in more than one split, anomalous or test images lie where only healthy ones are looked
-            for, or ``patient_pattern`` is no regular expression or matches nothing.
+            for, ``patient_pattern`` is no regular expression or matches nothing, or test images alone are needed and
+            there is none.
     """
     path = Path(os.path.abspath(dataset_dir))  # '.' has a name, too
     if not path.exists():
@@ -168,7 +155,19 @@ def find_splits(
         if patient_pattern is not None:
             _find_patients([case for split in SPLITS for case in splits[split]], patient_pattern)
         splits |= _healthy(splits, path, seed)
+        splits["training"] = _drawn(splits["training"], healthy_images, seed)
+    if list(needed) == ["test"] and not splits["test"]:
+        raise BundleError(f"'{path}' has no test images: put them into test/good and test/Ungood")
     return {split: splits[split] if split in needed else [] for split in SPLITS}
+
+
+def _drawn(cases: list[Case], count: int | None, seed: int) -> list[Case]:
+    """As many cases as wanted, always the same, in order of name."""
+    if count is None:
+        return cases
+    if count < 1:
+        raise BundleError(f"healthy_images is {count}: give at least 1, or null for all")
+    return sorted(random.Random(seed).sample(cases, min(count, len(cases))), key=itemgetter("name"))
 
 
 def _check_healthy(root: Path) -> None:

@@ -173,6 +173,15 @@ def patient_of(file: Path) -> str | None:
         return None
 
 
+def modality_in(file: Path) -> str:
+    """The modality in the header of a DICOM file, such as ``CT``; raises what pydicom does if it is damaged."""
+    return _modality(dcmread(file, stop_before_pixels=True, specific_tags=["Modality"]))
+
+
+def _modality(header: Dataset) -> str:
+    return str(header.get("Modality", "")).strip()
+
+
 def read_headers(files: Sequence[Path]) -> list[Dataset]:
     """The headers of a series without pixels, in the order of :func:`read_volume`'s slices.
 
@@ -203,7 +212,7 @@ def read_volume(files: Sequence[Path]) -> DicomVolume:
         raise BundleError("a DICOM series has no file: give a folder with a series")
     headers = [_header_of(dataset) for dataset in datasets]  # decoding changes datasets
     first = headers[0]
-    modality = str(first.get("Modality", "")).strip()
+    modality = _modality(first)
     if not _have_positions(headers):
         count = max(len(headers), _frames(first))
         if count > 1:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
 from monai.config import KeysCollection
 from monai.config.type_definitions import NdarrayOrTensor
+from monai.data import MetaTensor
 from monai.transforms import MapTransform, ScaleIntensityRange, Transform
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 
@@ -23,6 +25,14 @@ HOUNSFIELD_WINDOWS = {
     "ct_mediastinum": (-125.0, 225.0),
 }
 SCHEMES = ("auto", "mr", "8bit", *HOUNSFIELD_WINDOWS)
+EIGHT_BITS = float(np.iinfo(np.uint8).max)
+
+logger = logging.getLogger(__name__)
+
+
+def scheme_of(modality: str) -> str:
+    """The scheme that ``auto`` means for a modality, as :class:`~bundle.transforms.LoadCased` tells it."""
+    return {"8bit": "8bit", "CT": "ct_soft_tissue"}.get(modality, "mr")
 
 
 class ScaleForegroundPercentiles(Transform):
@@ -75,7 +85,12 @@ class ScaleHounsfieldWindow(ScaleIntensityRange):
 
 
 class ScaleIntensityByModalityd(MapTransform):
-    """Bring ``keys`` to [0, 1] by the scheme that suits the image.
+    """Bring ``keys`` to [0, 1] by one scheme, and say in ``meta["intensity_scheme"]`` by which.
+
+    An image whose modality is unknown is read by ``scheme``. One that tells another modality is too, with a warning,
+    the first of its kind. Two schemes stand for a kind of pixels, and give nonsense for others: a picture of 8 bits
+    holds no Hounsfield units, and what does not fit into 8 bits is not divided by 255. Such an image is read as
+    ``auto`` does, with a warning.
 
     Args:
         keys: images as :class:`~bundle.transforms.LoadCased` gives them.
@@ -90,21 +105,53 @@ class ScaleIntensityByModalityd(MapTransform):
     def __init__(self, keys: KeysCollection, scheme: str = "auto", allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         self.scheme = check_choice("intensity", scheme, SCHEMES)
+        self._told: set[str] = set()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Scale each key of ``data``."""
         scaled = dict(data)
         for key in self.key_iterator(scaled):
-            scaled[key] = self._scaler(scaled[key])(scaled[key])
+            scheme = self.scheme_for(scaled[key])
+            scaled[key] = scaler_of(scheme)(scaled[key])
+            if isinstance(scaled[key], MetaTensor):
+                scaled[key].meta["intensity_scheme"] = scheme
         return scaled
 
-    def _scaler(self, image: NdarrayOrTensor) -> Transform:
+    def scheme_for(self, image: NdarrayOrTensor) -> str:
+        """The scheme by which ``image`` is read, none of which is ``auto``."""
+        meta = getattr(image, "meta", {})
+        modality = str(meta.get("modality", ""))
+        own = scheme_of(modality)
+        if self.scheme in ("auto", own):
+            return own
+        fits = modality == "" or (own == "ct_soft_tissue" and self.scheme in HOUNSFIELD_WINDOWS)
         scheme = self.scheme
-        if scheme == "auto":
-            modality = getattr(image, "meta", {}).get("modality", "")
-            scheme = {"8bit": "8bit", "CT": "ct_soft_tissue"}.get(modality, "mr")
-        if scheme == "mr":
-            return ScaleForegroundPercentiles()
-        if scheme == "8bit":
-            return ScaleIntensityRange(0.0, float(np.iinfo(np.uint8).max), 0.0, 1.0, clip=True)
-        return ScaleHounsfieldWindow(scheme)
+        if self.scheme == "8bit":
+            fits = has_8_bits(image)
+            scheme = "8bit" if fits else own
+        elif own == "8bit" and self.scheme in HOUNSFIELD_WINDOWS:
+            scheme = "8bit"
+        if not fits and modality not in self._told:
+            self._told.add(modality)
+            kind = {"": "no 8-bit image", "8bit": "an 8-bit picture"}.get(modality, f"of modality {modality}")
+            logger.warning(
+                f"'{meta.get('filename_or_obj', 'an image')}' is {kind}, but the model reads intensities as "
+                f"{self.scheme}: it is read as {scheme}, and its map may mean nothing; more images of the kind are not "
+                "named"
+            )
+        return scheme
+
+
+def scaler_of(scheme: str) -> Transform:
+    """The transform to [0, 1] of a scheme other than ``auto``."""
+    if scheme == "mr":
+        return ScaleForegroundPercentiles()
+    if scheme == "8bit":
+        return ScaleIntensityRange(0.0, EIGHT_BITS, 0.0, 1.0, clip=True)
+    return ScaleHounsfieldWindow(scheme)
+
+
+def has_8_bits(image: NdarrayOrTensor) -> bool:
+    """Whether the values are those of an 8-bit image, whatever the file stores them as: whole, and from 0 to 255."""
+    low, high = float(image.min()), float(image.max())
+    return low >= 0 and 1 < high <= EIGHT_BITS and bool((image == image.round()).all())

@@ -18,7 +18,7 @@ from monai.transforms import MapTransform
 from PIL import Image
 from pydicom.misc import is_dicom
 
-from bundle.dicom.series import SeriesFiles, group_series, read_volume, volume_geometry
+from bundle.dicom.series import SeriesFiles, group_series, modality_in, read_volume, volume_geometry
 from bundle.errors import BundleError
 from bundle.files import DICOM_SUFFIXES, FLAT_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, Source, files_of
 from bundle.transforms.axes import turn_between, turned
@@ -163,6 +163,19 @@ def load_case(source: Source, channel: int | None = None) -> MetaTensor:
     return MetaTensor(values, affine=torch.from_numpy(pixels.affine), meta=meta)
 
 
+def modality_of(source: Source) -> str | None:
+    """What :func:`load_case` will tell as ``modality``, from the header alone; None if the file cannot be read."""
+    try:
+        file = files_of(source)[0]
+        name = file.name.lower()
+        if name.endswith(FLAT_SUFFIXES):
+            with Image.open(file) as picture:
+                return "" if _is_deep(picture.mode) else "8bit"
+        return "" if name.endswith(NIFTI_SUFFIXES) else modality_in(file)
+    except Exception:  # damaged headers raise whatever they like; reading the file tells
+        return None
+
+
 def acquisition_axis(spacing: Sequence[float], told: int | None = None) -> int:
     """The axis, of three, along which slices were acquired.
 
@@ -226,7 +239,7 @@ def _read_picture(path: str) -> _Pixels:
     values = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
     # rows run down and columns to the right of a picture, as posterior and left do in a radiological display
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])
-    return _Pixels(np.ascontiguousarray(values[..., None]), affine, "8bit" if header["mode"] in ("L", "RGB") else "")
+    return _Pixels(np.ascontiguousarray(values[..., None]), affine, "" if _is_deep(header["mode"]) else "8bit")
 
 
 def _read_dicom(files: list[Path]) -> _Pixels:
@@ -272,8 +285,13 @@ def _is_placed(image: MetaTensor) -> bool:
 def _to_gray_or_rgb(image: Image.Image) -> Image.Image:
     """Decode now, so that a truncated file fails here, and bring palettes and alpha to plain gray or RGB."""
     image.load()
-    if image.mode in ("L", "RGB", "F", "I") or image.mode.startswith("I;16"):
+    if image.mode in ("L", "RGB") or _is_deep(image.mode):
         return image
     converted = image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
     converted.format = image.format
     return converted
+
+
+def _is_deep(mode: str) -> bool:
+    """Whether pictures of Pillow's ``mode`` have more than 8 bits."""
+    return mode in ("F", "I") or mode.startswith("I;16")

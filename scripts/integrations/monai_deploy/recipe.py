@@ -14,7 +14,8 @@ from monai.data import MetaTensor
 from monai.transforms import ScaleIntensityRange
 
 from bundle.errors import BundleError
-from bundle.transforms import OrientSlicesd, ScaleForegroundPercentiles, ScaleIntensityByModalityd
+from bundle.transforms import OrientSlicesd, ScaleForegroundPercentiles
+from bundle.transforms.intensity import EIGHT_BITS, scaler_of, scheme_of
 
 READ_BY_DEPLOY = ("preprocessing", "inferer", "postprocessing")
 OWN_PACKAGES = ("bundle", "scripts")
@@ -28,10 +29,17 @@ def axcodes(plane: str) -> dict[str, str]:
 
 
 def window(scheme: str, modality: str) -> list[float] | None:
-    """The intensities that become 0 and 1 in images of ``modality`` under ``scheme``; None: percentiles decide."""
-    image = MetaTensor(torch.zeros(1), meta={"modality": modality})
-    scaler = ScaleIntensityByModalityd("image", scheme)._scaler(image)
+    """The intensities that become 0 and 1 in images of ``modality`` under ``scheme``; None: percentiles decide.
+
+    Those of ``8bit`` are for images of 8 bits alone, see :func:`window_of_8_bits`; others are read as ``auto`` does.
+    """
+    scaler = scaler_of(scheme_of(modality) if scheme in ("auto", "8bit") else scheme)
     return [scaler.a_min, scaler.a_max] if isinstance(scaler, ScaleIntensityRange) else None
+
+
+def window_of_8_bits(scheme: str) -> list[float] | None:
+    """The intensities that become 0 and 1 in images of 8 bits, where ``scheme`` reads these in a way of their own."""
+    return [0.0, EIGHT_BITS] if scheme == "8bit" else None
 
 
 def foreground_percentiles() -> list[float]:
