@@ -329,6 +329,78 @@ def test_a_pattern_sees_folders_of_patients(tmp_path):
     assert len(find_splits(tmp_path, patient_pattern="^([^/]+)/")["validation"]) == 3
 
 
+def volumes(root, names):
+    """Empty files, of which nothing but names is looked at."""
+    for name in names:
+        file = root / f"{name}.nii.gz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    return root
+
+
+SERIES = ("flair", "t1", "t1ce", "t2")
+STUDIES = {
+    # how the series of 6 patients may be called
+    "equal names": [f"p{patient}/{kind}" for patient in range(6) for kind in SERIES],
+    "two series": [f"p{patient}/{kind}" for patient in range(6) for kind in ("t1", "t2")],
+    "numbers of patients": [f"train/good/BraTS_{p:03}/BraTS_{p:03}_{kind}" for p in range(6) for kind in SERIES],
+    "names of patients": [f"{one}/{one}_{kind}" for one in ("ann", "bob", "cy", "di", "ed", "flo") for kind in SERIES],
+    "one series is missing": [f"p{patient}/{kind}" for patient in range(6) for kind in SERIES][1:],
+}
+
+
+@pytest.mark.parametrize("names", STUDIES.values(), ids=STUDIES)
+def test_volumes_in_a_folder_for_each_patient_stay_in_one_split(tmp_path, caplog, names):
+    caplog.set_level("INFO")
+    splits = find_splits(volumes(tmp_path, names))
+    folders = [{Path(case["image"]).parent for case in splits[split]} for split in ("training", "validation")]
+    assert [len(split) for split in folders] == [5, 1] and not folders[0] & folders[1]
+    assert number_patients(splits["validation"]) == [0] * len(splits["validation"])
+    assert f"{len(names)} volumes lie in 6 folders such as" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"train/good/s{number}" for number in range(20)],
+        [f"good/{kind}" for kind in SERIES],
+        [f"{site}/{site}{number:02}" for site in "ab" for number in range(20)],  # too many to be series
+        [f"{site}/{one}" for site, some in (("a", ("ann", "bob")), ("b", ("cy", "di"))) for one in some],
+        [f"sub-{number}/{kind}" for number in range(6) for kind in SERIES],  # whom the name tells
+    ],
+)
+def test_other_folders_of_volumes_are_no_patients(tmp_path, caplog, names):
+    caplog.set_level("INFO")
+    splits = find_splits(volumes(tmp_path, names))
+    assert not [case for split in splits.values() for case in split if "patient" in case]
+    assert "folders such as" not in caplog.text
+
+
+def test_folders_whose_volumes_have_numbers_for_names_are_told(tmp_path, caplog):
+    find_splits(volumes(tmp_path, [f"p{patient}/{number:03}" for patient in range(6) for number in range(3)]))
+    assert "folders such as 'p0' hold 3 volumes, and each volume counts as a patient of its own" in caplog.text
+    assert "give --patient_pattern '(.+)/'" in caplog.text
+
+
+def test_a_pattern_goes_before_folders(tmp_path):
+    names = [f"site{site}/{kind}" for site in range(4) for kind in SERIES]
+    splits = find_splits(volumes(tmp_path, names), patient_pattern="(.+)")
+    assert {case["patient"] for split in splits.values() for case in split} == set(names)
+
+
+def test_folders_of_one_name_in_two_splits_are_two_patients(tmp_path):
+    names = [f"{split}/good/{patient}/{kind}" for split in ("train", "valid") for patient in "12" for kind in SERIES]
+    splits = find_splits(volumes(tmp_path, names))
+    assert [len(splits[split]) for split in ("training", "validation")] == [8, 8]
+
+
+def test_training_images_of_a_patient_follow_each_other(tmp_path):
+    items = [{"image": f"{index}.png", "patient": "abc"[index % 3]} for index in range(6)]
+    (tmp_path / "data.json").write_text(json.dumps({"training": items, "validation": ["v.png"]}))
+    found = [case["name"] for case in find_splits(tmp_path / "data.json")["training"]]
+    assert found == ["0", "3", "1", "4", "2", "5"]
+
+
 def test_a_datalist_goes_before_a_pattern_and_a_pattern_before_a_subject_in_the_name(tmp_path):
     training = [{"image": "sub-1_a.png", "patient": "x"}, "sub-2_a.png", "sub-3_a.png", "sub-3_b.png"]
     (tmp_path / "data.json").write_text(json.dumps({"training": training}))

@@ -45,6 +45,8 @@ _LAYOUT_FOLDERS = {
 }
 _BIDS_SUBJECT = re.compile(r"(?:^|[/_])(sub-[0-9a-zA-Z]+)(?=[/_.]|$)")
 _BEFORE_LAST_NUMBER = re.compile(r"(.*\D)\d+\D*$")  # 'p01_' of 'p01_045', where the last number may be a slice's
+_VOLUMES_EACH = 12  # volumes or fewer in a folder may be the series of a patient; more are a collection
+_NUMBER = re.compile(r"((?<=[a-z]t)|(?<!t))\d+", re.IGNORECASE)  # but for those in T1 and T2
 _SLICES_EACH = 3  # files or more that have all but the last number in common look like slices of a patient
 
 logger = logging.getLogger(__name__)
@@ -154,6 +156,8 @@ def find_splits(
     if "training" in needed:
         if patient_pattern is not None:
             _find_patients([case for split in SPLITS for case in splits[split]], patient_pattern)
+        else:
+            _take_folders_for_patients([case for split in SPLITS for case in splits[split]])
         splits |= _healthy(splits, path, seed)
         splits["training"] = _drawn(splits["training"], healthy_images, seed)
     if list(needed) == ["test"] and not splits["test"]:
@@ -202,8 +206,15 @@ def _healthy(splits: dict[str, list[Case]], path: Path, seed: int) -> dict[str, 
     if not validation:
         training, validation = _by_patient(training, path, seed)
         logger.info(f"no healthy validation images in '{path}': {len(validation)} of the training images serve")
+    training = _together(training)
     _check_patients({"training": training, "validation": validation, "test": splits["test"]})
     return {"training": training, "validation": validation}
+
+
+def _together(cases: list[Case]) -> list[Case]:
+    """The cases in their order, but those of a patient follow each other, as folds of what learns from them expect."""
+    first: dict[str, int] = {}
+    return sorted(cases, key=lambda case: first.setdefault(_owner(case), len(first)))
 
 
 def _by_patient(cases: list[Case], path: Path, seed: int) -> tuple[list[Case], list[Case]]:
@@ -296,6 +307,46 @@ def _find_patients(cases: list[Case], pattern: str) -> None:
             f"patient_pattern '{pattern}' finds no patient in {len(unmatched)} of {len(unknown)} names, such as "
             f"'{unmatched[0]}': each of these is taken for a patient of its own, if its file does not say more"
         )
+
+
+def _take_folders_for_patients(cases: list[Case]) -> None:
+    """Give volumes that lie as the series of patients do, a folder for each, that folder as ``patient``.
+
+    It is one where each of its volumes has a name of its own kind (``flair``, ``t1``, ``t2``) and other folders have
+    volumes of the same kinds. Where names differ in numbers alone, nobody can tell series from subjects: a warning says
+    so. Folders of different splits are never one patient, since numbers of patients often start again in each.
+    """
+    volumes = [case for case in cases if str(case["image"]).lower().endswith(NIFTI_SUFFIXES) and not _patient(case)]
+    folders: dict[str, list[Case]] = {}
+    for case in volumes:
+        if "/" in _own_name(case):
+            folders.setdefault(case["name"].rpartition("/")[0], []).append(case)
+    several = {folder: own for folder, own in folders.items() if 1 < len(own) <= _VOLUMES_EACH}
+    if len(several) < 2 or len(several) < len(folders) / 2:
+        return
+    kinds = {folder: [_kind(case, folder) for case in own] for folder, own in several.items()}
+    spread = Counter(kind for own in kinds.values() for kind in set(own))
+    alike = [folder for folder, own in kinds.items() if len(set(own)) == len(own) > sum(spread[k] < 2 for k in own) * 2]
+    example, own = next(iter(several.items()))
+    if len(alike) > len(several) / 2:
+        for folder, members in folders.items():
+            for case in members:
+                case["patient"] = folder
+        logger.info(
+            f"{len(volumes)} volumes lie in {len(folders)} folders such as '{example}', each of which is taken for a "
+            "patient: if they are not, give --patient_pattern"
+        )
+    elif any(len(set(own)) < len(own) for own in kinds.values()):
+        logger.warning(
+            f"folders such as '{example}' hold {len(own)} volumes, and each volume counts as a patient of its own: if a "
+            "folder is a patient, give --patient_pattern '(.+)/'"
+        )
+
+
+def _kind(case: Case, folder: str) -> str:
+    """What the name of a volume says beside its folder and numbers: ``flair`` of ``p07/p07_flair_2``."""
+    stem = case["name"].rpartition("/")[2]
+    return _NUMBER.sub("", stem.replace(folder.rpartition("/")[2], "")).strip("_-. ").lower()
 
 
 def _warn_of_slices(cases: list[Case]) -> None:
