@@ -6,9 +6,10 @@ calls :func:`start`, which reads the command line once more, by the types of the
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -19,12 +20,13 @@ from monai.bundle import ConfigParser
 from monai.bundle.scripts import run
 
 from bundle.errors import BundleError, did_you_mean, user_error
-from bundle.knobs import SYNTAX, Knob, is_used, knob_of, read_text, typed
+from bundle.knobs import SYNTAX, Knob, is_used, knob_of, reached, read_text, typed
 from bundle.model import known_settings
 
 MODEL = "model"  # the item of a config that holds the settings of the model
 COMMAND = "monai/bundle/__main__.py"
 _FLAG = re.compile(r"--?[A-Za-z_]")  # Fire takes one dash, too; -1 is a number
+logger = logging.getLogger(__name__)
 _read_lines: list[Sequence[str]] = []  # the command line of this process, once it is read
 
 
@@ -45,9 +47,13 @@ def start(arguments: Sequence[str] | None = None) -> None:
         sys.excepthook = show_error
         given = given_texts(arguments[2:], words=1)
         _read_lines.append(arguments)
-        _check_command(given.get("run_id", arguments[2] if len(arguments) > 2 else "run"), parser)
+        command = given.get("run_id", arguments[2] if len(arguments) > 2 else "run")
+        _check_command(command, parser)
         if files := given.pop("config_file", None):
-            for name, value in read_knobs(given, read_config(files)).items():
+            config = read_config(files)
+            knobs = read_knobs(given, config)
+            _warn_of_idle(knobs, config, "run" if _FLAG.match(command) else command)
+            for name, value in knobs.items():
                 if not (isinstance(value, str) and value.startswith(SYNTAX)):  # else it is as MONAI has it
                     parser[name] = value
     if parser is not None:
@@ -153,7 +159,7 @@ def given_texts(arguments: Sequence[str], words: int = 0) -> dict[str, Any]:
         words: how many of them need no name, such as the command to run.
 
     Raises:
-        BundleError: for more words, or a name that is given twice.
+        BundleError: for more words, a name that is given twice, or a file of arguments that cannot be read.
     """
     given: dict[str, Any] = {}
     left = list(arguments)
@@ -172,8 +178,16 @@ def given_texts(arguments: Sequence[str], words: int = 0) -> dict[str, Any]:
             raise BundleError(f"--{name} is given twice: give it once")
         given[name] = value
     if file := given.pop("args_file", None):
-        given = ConfigParser.load_config_file(file) | given
+        given = _arguments_in(file) | given
     return given
+
+
+def _arguments_in(file: str) -> dict[str, Any]:
+    try:
+        return dict(ConfigParser.load_config_file(file))
+    except Exception as error:  # whatever the parsers of JSON and YAML raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BundleError(f"cannot read --args_file '{file}' ({reason}): give a JSON or YAML file of knobs") from error
 
 
 def show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -205,6 +219,14 @@ def _check_command(name: str, parser: ConfigParser) -> None:
     if not _FLAG.match(name) and name not in parser:
         commands = [key for key, value in parser.get().items() if isinstance(value, list) and key.endswith("ing")]
         raise BundleError(f"this config has no command '{name}': {did_you_mean(name, commands)}")
+
+
+def _warn_of_idle(knobs: Iterable[str], config: Mapping[str, Any], command: str) -> None:
+    """Name the knobs that no step of the command looks at, such as those of training in an evaluation."""
+    used = reached(config, (command, "initialize", "finalize"))
+    idle = [name for name in knobs if name in config and name not in used and "::" not in name]
+    if idle:
+        logger.warning(f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no part in {command}: nothing changes")
 
 
 def _running_parser() -> ConfigParser | None:

@@ -12,7 +12,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pydoc import locate
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from bundle.errors import BundleError, shown
 
 SYNTAX = ("$", "@", "%")  # how MONAI's expressions, references and macros begin
 OWN_PACKAGES = ("bundle.", "scripts.")
+_REFERENCE = re.compile(r"@(\w+(?:::\w+)*)")
 _WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "none": None}
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
@@ -106,6 +107,18 @@ def knob_of(config: Mapping[str, Any], name: str) -> Knob:
 def is_used(config: Mapping[str, Any], name: str) -> bool:
     """Whether a part of ``config`` refers to the item ``name``."""
     return re.search(rf"@{re.escape(name)}\b", json.dumps(config, default=str)) is not None
+
+
+def reached(config: Mapping[str, Any], items: Iterable[str]) -> set[str]:
+    """The ids of ``items``, and of all that they refer to, directly or by others."""
+    found: set[str] = set()
+    left = list(items)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += _REFERENCE.findall(json.dumps(_item(config, name), default=str))
+    return found
 
 
 def words(kind: Any) -> str:

@@ -12,8 +12,9 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from bundle.command_line import find_knob, given_texts, nest_settings, read_config, read_knobs, set_knobs, start
 from bundle.errors import BundleError
-from bundle.knobs import Knob, read_text, words
+from bundle.knobs import Knob, reached, read_text, words
 from bundle.model import known_settings
+from scripts.docs.knobs import knobs_in
 
 FILES = {
     "train": [TRAIN],
@@ -169,12 +170,12 @@ def test_knobs_set_from_python_are_typed_and_nested():
     assert (parser["model::per_position"], parser["seed"]) == (False, 3)
 
 
-def started(tmp_path, *arguments):
+def started(tmp_path, *arguments, files=TRAIN, command="training"):
     """The config of a workflow that was started by a command line, as MONAI starts it."""
-    argv = ["/somewhere/monai/bundle/__main__.py", "run", "training", "--config_file", TRAIN, *arguments]
+    argv = ["/somewhere/monai/bundle/__main__.py", "run", command, "--config_file", str(files), *arguments]
     given = {word[2:].split("=")[0]: DefaultParseValue(word.split("=")[1]) for word in arguments if "=" in word}
     given.pop("args_file", None)
-    workflow = ConfigWorkflow(TRAIN, logging_file=False, workflow_type="train", **given)
+    workflow = ConfigWorkflow(files, logging_file=False, workflow_type="train", **given)
     workflow.parser["arguments"] = argv
     workflow.parser["initialize"] = [{"_target_": "bundle.command_line.start", "arguments": "@arguments"}]
     hook = sys.excepthook
@@ -242,6 +243,33 @@ def test_settings_at_the_top_reach_the_model_where_no_initialize_runs():
     parser.update({"mode": "causal", "model::guard": 2})
     settings = parser.get_parsed_content("settings")
     assert (settings["mode"], settings["guard"]) == ("causal", 2)
+
+
+@pytest.mark.parametrize(("name", "command"), [("train", "training"), ("inference", "inferring")])
+def test_every_documented_knob_has_a_part_in_its_command(name, command):
+    assert knobs_in(*FILES[name]).keys() <= reached(read_config(FILES[name]), [command, "initialize", "finalize"])
+
+
+def test_knobs_of_training_have_no_part_in_an_evaluation():
+    used = reached(read_config(FILES["evaluate"]), ["evaluating", "initialize", "finalize"])
+    assert not used & {"max_epochs", "learning_rate", "patience", "cache_dir", "fit_patches", "noise_scale"}
+    assert {"dataset_dir", "checkpoint", "mask_rule", "batch_size", "false_positive_rate", "cohort_dir"} <= used
+
+
+def test_a_knob_without_a_part_in_the_command_is_named(tmp_path, caplog):
+    started(
+        tmp_path, "--max_epochs=3", "--learning_rate=0.1", "--seed=3", files=FILES["evaluate"], command="evaluating"
+    )
+    assert "max_epochs, learning_rate have no part in evaluating: nothing changes" in caplog.text
+    assert "seed" not in caplog.text
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]", "a: [1"])
+def test_a_file_of_arguments_that_is_missing_or_none_is_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "arguments.json").write_text(content)
+    with pytest.raises(BundleError, match="cannot read --args_file '.*arguments.json' .*: give a JSON or YAML file"):
+        given_texts(["--args_file", str(tmp_path / "arguments.json")])
 
 
 def test_a_flag_without_a_value_is_true(tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from bundle import __version__
 from bundle.checkpoint import save_checkpoint
-from scripts.launcher.__main__ import copy_configs, with_configs
+from scripts.launcher.__main__ import copy_configs, main, with_configs
 
 
 def pip(*words):
@@ -108,6 +108,21 @@ def test_names_of_configs_become_paths_alone_and_in_lists(tmp_path, monkeypatch)
         *("run", "--bundle_root=.", f"--config_file={train}")
     ]
     assert with_configs(["download", "--name", "train.json"], configs) == ["download", "--name", "train.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config_file=train.json", "--args_file", "none.json"], "error: no file at 'none.json': check --args_file"),
+        (["--config_file", "['train.json','gone.json']"], "error: no file at 'gone.json': check --config_file"),
+    ],
+)
+def test_a_missing_file_of_the_command_line_is_one_line(monkeypatch, words, message):
+    monkeypatch.setattr(sys, "argv", ["dinov3_spatial_ar"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "training", *words])
+    assert caught.value.code == message
 
 
 def test_copied_configs_put_data_and_results_into_the_working_folder(tmp_path, monkeypatch):

@@ -338,8 +338,8 @@ def _take_folders_for_patients(cases: list[Case]) -> None:
         )
     elif any(len(set(own)) < len(own) for own in kinds.values()):
         logger.warning(
-            f"folders such as '{example}' hold {len(own)} volumes, and each volume counts as a patient of its own: if a "
-            "folder is a patient, give --patient_pattern '(.+)/'"
+            f"folders such as '{example}' hold {len(own)} volumes, and each volume counts as a patient of its own: if "
+            "a folder is a patient, give --patient_pattern '(.+)/'"
         )
 
 

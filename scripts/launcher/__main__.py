@@ -22,6 +22,7 @@ from fire.parser import DefaultParseValue
 HERE = Path(__file__).resolve().parent
 ROOT = HERE if (HERE / "configs").is_dir() else HERE.parents[1]  # installed, or in a clone
 FILE_KNOBS = ("config_file", "meta_file", "logging_file")
+READ_AT_ONCE = ("config_file", "args_file")  # before the bundle could tell what is wrong
 # what lies below the bundle's root in a clone has no place in an installed package
 DEFAULTS = {
     "inference.json": {"dataset_dir": "sample_cohort/slices", "output_dir": "output"},
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         configs = copy_configs(ROOT / "configs", Path(folder))
         sys.path.insert(0, str(ROOT))
         sys.argv[1:] = with_configs(sys.argv[1:] if arguments is None else arguments, configs)
+        if missing := missing_files(sys.argv[1:]):
+            sys.exit("\n".join(f"error: no file at '{file}': check --{name}" for name, file in missing))
         runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
 
 
@@ -65,6 +68,19 @@ def with_configs(arguments: Sequence[str], configs: Path) -> list[str]:
             words.append(located(argument, configs) if knob and words[-1] == knob else argument)
     given = any(word.partition("=")[0] in ("--bundle_root", "--bundle-root") for word in words)
     return words if given or not knob else [*words, f"--bundle_root={ROOT}"]
+
+
+def missing_files(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """The knobs that name files of configs or arguments which are not there, with these files."""
+    missing = []
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        knob = name.lstrip("-").replace("-", "_")
+        if knob in READ_AT_ONCE and name.startswith("--"):
+            files = value if equals else following
+            listed = DefaultParseValue(files) if files.startswith("[") else [files]
+            missing += [(knob, str(file)) for file in listed if not Path(str(file)).is_file()]
+    return missing
 
 
 def located(files: str, configs: Path) -> str:
