@@ -154,4 +154,4 @@ def scaler_of(scheme: str) -> Transform:
 def has_8_bits(image: NdarrayOrTensor) -> bool:
     """Whether the values are those of an 8-bit image, whatever the file stores them as: whole, and from 0 to 255."""
     low, high = float(image.min()), float(image.max())
-    return low >= 0 and 1 < high <= EIGHT_BITS and bool((image == image.round()).all())
+    return low >= 0 and 1 < high <= EIGHT_BITS and not bool((image - image.round()).any())
