@@ -1,10 +1,15 @@
 """What inference writes: one class a format and one a table, with no more reading than needed."""
 
 import csv
+import json
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -18,7 +23,8 @@ import bundle.dicom.series
 import bundle.transforms.loading
 import bundle.writers
 from bundle.checkpoint import save_checkpoint
-from bundle.errors import BundleError
+from bundle.errors import BundleError, user_error
+from bundle.manifest import Manifest
 from bundle.model import make_detector
 from bundle.outputs import DetectionSaver, ScoreTable, Table
 from bundle.tracking import Tracker
@@ -121,7 +127,7 @@ def test_a_format_is_added_by_one_class_and_what_it_left_is_replaced_where_it_no
     saver.save(case(tmp_path, 2.0))
     assert (tmp_path / "out" / "a_note.txt").read_text() == "2.0"
     saver.save(case(tmp_path, 0.5))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_map.tiff", "a_mask.png", "a_overlay.png"}
+    assert {path.name for path in (tmp_path / "out").glob("a_*")} == {"a_map.tiff", "a_mask.png", "a_overlay.png"}
 
 
 def test_a_table_is_added_by_one_class(detector, tmp_path):
@@ -142,6 +148,179 @@ def test_nothing_is_left_of_a_result_that_cannot_be_written(detector, tmp_path):
     saver.save_batch(SimpleNamespace(state=SimpleNamespace(batch=[data], output=[data])))
     assert saver.skipped == 1
     assert not list((tmp_path / "out").iterdir())
+
+
+def picture(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).integers(0, 255, (32, 32)).astype(np.uint8)
+    Image.fromarray(values).save(path.with_name("image.png"))
+    return path.with_name("image.png").rename(path)
+
+
+def left_in(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def results_of(*names):
+    return {f"{name}_{kind}" for name in names for kind in ("map.tiff", "mask.png", "overlay.png")}
+
+
+def error_of(run, *arguments, **knobs):
+    with pytest.raises(RuntimeError) as caught:
+        run(*arguments, **knobs)
+    return str(user_error(caught.value))
+
+
+def test_results_of_inputs_in_a_folder_that_is_named_like_a_result_stay(tmp_path, detector):
+    picture(tmp_path / "in/a.png")
+    picture(tmp_path / "in/a_overlay/b.png")
+    saver = saver_in(tmp_path, detector)
+    (tmp_path / "a.png").touch()
+    saver.save(case(tmp_path, 1.0) | {"name": "a_overlay/b"})
+    saver.save(case(tmp_path, 1.0))  # its overlay of an earlier run, as DICOM, would have been in 'a_overlay'
+    assert left_in(tmp_path / "out") >= results_of("a", "a_overlay/b")
+    infer(tmp_path / "in", tmp_path / "all")
+    infer(tmp_path / "in", tmp_path / "all")
+    assert left_in(tmp_path / "all") == {*results_of("a", "a_overlay/b"), "scores.csv", "results.json"}
+
+
+@pytest.mark.parametrize("output", ["in", "link"])
+def test_an_output_folder_with_an_input_is_refused_before_any_work(tmp_path, output):
+    picture(tmp_path / "in/a.png", 1)
+    mask = picture(tmp_path / "in/a_mask.png", 2).read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    before = left_in(tmp_path / "in")
+    line = error_of(infer, tmp_path / "in", tmp_path / output)
+    assert f"'{tmp_path}/in/a.png' lies in output_dir" in line and "give an --output_dir without images" in line
+    assert left_in(tmp_path / "in") == before
+    assert (tmp_path / "in/a_mask.png").read_bytes() == mask
+
+
+def test_results_in_the_folder_of_the_data_are_no_inputs_of_the_next_run(tmp_path):
+    picture(tmp_path / "in/a.png")
+    infer(tmp_path / "in", tmp_path / "in/out")
+    infer(tmp_path / "in", tmp_path / "in/out")
+    assert left_in(tmp_path / "in/out") == {*results_of("a"), "scores.csv", "results.json"}
+
+
+def test_an_image_among_the_results_that_is_none_is_not_passed_over(tmp_path):
+    picture(tmp_path / "in/a.png")
+    infer(tmp_path / "in", tmp_path / "in/out")
+    picture(tmp_path / "in/out/photo.png")
+    assert "out/photo.png' lies in output_dir" in error_of(infer, tmp_path / "in", tmp_path / "in/out")
+
+
+@pytest.mark.parametrize("name", ["a_mask.png", "scores.csv", "a_seg.dcm"])
+def test_a_file_in_the_place_of_a_result_is_neither_replaced_nor_removed(tmp_path, name):
+    picture(tmp_path / "in/a.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    line = error_of(infer, tmp_path / "in", tmp_path / "out")
+    assert f"out/{name}' is in the place of a result, but 'results.json' names no such result" in line
+    assert left_in(tmp_path / "out") == {name}
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+def test_a_file_that_comes_into_the_place_of_a_result_later_is_not_replaced_either(tmp_path, detector):
+    saver = saver_in(tmp_path, detector)
+    (tmp_path / "out/a_mask.png").write_text("mine")
+    with pytest.raises(BundleError, match="is in the place of a result"):
+        saver.save(case(tmp_path, 1.0))
+    assert left_in(tmp_path / "out") == {"a_mask.png"}
+
+
+def test_a_folder_with_images_that_is_named_like_a_file_of_results_is_refused(tmp_path):
+    picture(tmp_path / "in/a.png")
+    picture(tmp_path / "in/a_mask.png/b.png")
+    assert "a result would be called 'a_mask.png', as is a folder" in error_of(infer, tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_files_in_the_folder_of_results_stay(tmp_path):
+    picture(tmp_path / "in/a.png")
+    for name in ("notes.txt", "a_notes.txt", "b_mask.png", "a_overlay/own.txt", "deep/c_map.tiff"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("mine")
+    before = left_in(tmp_path / "out")
+    infer(tmp_path / "in", tmp_path / "out")
+    assert before < left_in(tmp_path / "out")
+
+
+def test_a_result_that_is_not_written_anew_is_removed_by_the_next_run(tmp_path):
+    volume = nib.Nifti1Image(np.random.default_rng(0).random((32, 32, 3)).astype(np.float32), np.eye(4))
+    (tmp_path / "in").mkdir()
+    nib.save(volume, tmp_path / "in/a.nii.gz")
+    infer(tmp_path / "in", tmp_path / "out")
+    assert left_in(tmp_path / "out") > {"slice_scores.csv", "a_heatmap.nii.gz"}
+    (tmp_path / "in/a.nii.gz").unlink()
+    picture(tmp_path / "in/a.png")
+    infer(tmp_path / "in", tmp_path / "out")
+    assert left_in(tmp_path / "out") == {*results_of("a"), "scores.csv", "results.json"}
+
+
+def test_results_json_names_every_result_and_its_input(tmp_path):
+    picture(tmp_path / "in/a.png")
+    picture(tmp_path / "in/deep/b.png")
+    infer(tmp_path / "in", tmp_path / "out")
+    assert json.loads((tmp_path / "out/results.json").read_text()) == {
+        "tables": ["scores.csv"],
+        "results": {
+            name: {"input": str(tmp_path / "in" / f"{name}.png"), "files": sorted(results_of(name))}
+            for name in ("a", "deep/b")
+        },
+    }
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+import bundle.files
+from test_outputs import infer
+
+moved = []
+replace = os.replace
+
+def kill(source, target):
+    replace(source, target)
+    moved.append(target)
+    if len(moved) == {count}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+bundle.files.os.replace = kill
+infer({source!r}, {output!r}, batch_size=1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4, 6])
+def test_a_killed_run_leaves_no_result_that_the_next_one_does_not_own(tmp_path, count):
+    for name in ("a", "b"):
+        picture(tmp_path / f"in/{name}.png")
+    places = {"source": str(tmp_path / "in"), "output": str(tmp_path / "in/out")}
+    code = KILLED.format(path=[str(ROOT), str(ROOT / "tests")], count=count, **places)
+    (tmp_path / "killed.py").write_text(code)
+    done = subprocess.run([sys.executable, tmp_path / "killed.py"], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = {name for name in left_in(tmp_path / "in/out") if not name.startswith((".partial", "results-"))}
+    assert len(left) in (count, count - 1)  # the first one moved is the model
+    assert left <= Manifest(tmp_path / "in/out").files
+    infer(tmp_path / "in", tmp_path / "in/out")
+    assert left_in(tmp_path / "in/out") >= {*results_of("a", "b"), "scores.csv", "results.json"}
+    assert not list((tmp_path / "in/out").glob("results-*"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"tables": ["../mine.txt"], "results": {}}', '{"results": {"a": {"input": "", "files": ["/etc/x"]}}}'],
+)
+def test_a_damaged_or_hostile_list_of_results_is_refused(tmp_path, content):
+    picture(tmp_path / "in/a.png")
+    (tmp_path / "mine.txt").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/results.json").write_text(content)
+    line = error_of(infer, tmp_path / "in", tmp_path / "out")
+    assert "results.json' is no list of results of this bundle" in line
+    assert (tmp_path / "mine.txt").exists()
 
 
 @pytest.mark.parametrize(
