@@ -31,12 +31,49 @@ def is_flat(path: str | os.PathLike) -> bool:
     return str(path).lower().endswith(FLAT_SUFFIXES)
 
 
+def parts_of(source: Source) -> Sequence[str | os.PathLike]:
+    """The file or folder, or the files, that a source is given by."""
+    return [source] if isinstance(source, (str, os.PathLike)) else source
+
+
 def files_of(source: Source) -> list[Path]:
     """The files of a source, those of a folder in order of name; a file that is missing is among them."""
     if not isinstance(source, (str, os.PathLike)):
         return [Path(file) for file in source]
     path = Path(source)
     return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+
+
+def state_of(source: Source) -> list[tuple[int, int] | None]:
+    """Size and time of the last change of each file of a source, by which another content shows; None: it is gone."""
+    states: list[tuple[int, int] | None] = []
+    for file in parts_of(source):
+        try:
+            status = os.stat(file)
+            states.append((status.st_size, status.st_mtime_ns))
+        except OSError:
+            states.append(None)
+    return states
+
+
+def is_text(path: str | os.PathLike) -> bool:
+    """Whether a path is UTF-8, so that tables, logs and pictures can show it."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Refuse, before any work, a folder for results that cannot be written to; a missing one stays missing.
+
+    Raises:
+        BundleError: if it is a file or below one, or the system refuses to write.
+    """
+    place = Path(os.path.abspath(folder))
+    if not is_text(place):
+        raise BundleError(f"the name of the folder {str(place)!a} is no UTF-8: give another --output_dir")
+    while not os.path.lexists(place):
+        place = place.parent
+    with writing(Path(folder)), tempfile.TemporaryDirectory(dir=place, prefix=WORKSPACE):
+        pass
 
 
 def file_sha256(path: str | os.PathLike) -> str:

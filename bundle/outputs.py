@@ -255,7 +255,7 @@ class DetectionSaver:
             except BundleError as error:
                 if not self.skips:
                     raise
-                logger.warning(f"skipped: {error}")
+                logger.warning(f"skipped '{case['name']}': {error}")
                 self.skipped += 1
         if self.tables[0].rows:
             self.tracker.start()  # only now: the first result need not wait until MLflow has its database
@@ -295,7 +295,7 @@ class DetectionSaver:
         if skipped:
             logger.warning(f"skipped {skipped} of {skipped + inputs} inputs whose results cannot be written")
         if not inputs:
-            raise BundleError(f"no result of {skipped} inputs could be written: see above")
+            raise BundleError("there is no result of any input: see above, and check the files and the disk")
         files = {table.file: lines for table, lines in zip(self.tables, rows, strict=True) if lines}
         stale = {table.file for table in self.tables if table.file in self.manifest.files_of(OF_RUN)} - files.keys()
         self.manifest.claim(OF_RUN, "", files.keys())

@@ -18,6 +18,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain, dropwhile
 from operator import itemgetter
 from pathlib import Path
@@ -28,7 +29,18 @@ from tqdm import tqdm
 from bundle.dicom.series import group_series, patient_of
 from bundle.distributed import gather, shard
 from bundle.errors import BundleError, check_choice, user_error
-from bundle.files import FLAT_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, WORKSPACE, Source, content_key, files_of
+from bundle.files import (
+    FLAT_SUFFIXES,
+    NIFTI_SUFFIXES,
+    SUFFIXES,
+    WORKSPACE,
+    Source,
+    content_key,
+    files_of,
+    is_text,
+    parts_of,
+    state_of,
+)
 from bundle.transforms.loading import is_dicom_file
 
 Case: TypeAlias = dict[str, Any]
@@ -94,7 +106,7 @@ def read_splits(
     healthy = [*splits["training"], *splits["validation"]]
     if store is not None:
         add_keys(healthy)
-    known = {id(case) for case in healthy if store is not None and case.get("key") in store}
+    known = {id(case) for case in healthy if store is not None and case.get("key") in store and _is_text(case)}
     tests = {id(case) for case in splits["test"]}
 
     def read(case: Case) -> Any:
@@ -115,14 +127,34 @@ def add_keys(cases: list[Case]) -> None:
     Processes that work together hash a share each and tell each other.
     """
     unknown = [case for case in cases if "key" not in case]
-    mine = {
-        index: content_key(unknown[index]["image"])
-        for index in shard(range(len(unknown)))
-        if all(file.exists() for file in files_of(unknown[index]["image"]))
-    }
+    note_states(unknown)
+    mine: dict[int, str] = {}
+    for index in shard(range(len(unknown))):
+        with suppress(OSError):  # a file that is missing, or vanishes now: whoever reads it names it
+            mine[index] = content_key(unknown[index]["image"])
     for share in gather(mine):
         for index, key in share.items():
             unknown[index]["key"] = key
+
+
+def note_states(cases: Iterable[Case]) -> None:
+    """Give each case the ``state`` of its files, by which :func:`check_unchanged` knows them; it keeps one it has."""
+    for case in cases:
+        case.setdefault("state", _state(case))
+
+
+def check_unchanged(case: Case) -> None:
+    """Refuse a case whose files are not what they were when they were checked, if that is known.
+
+    Raises:
+        BundleError: if one has changed or vanished.
+    """
+    if "state" in case and case["state"] != _state(case):
+        raise BundleError(f"'{place_of(case)}' has changed since it was checked: run again when its files are complete")
+
+
+def _state(case: Case) -> list[Any]:
+    return [state_of(case[key]) for key in ("image", "mask") if key in case]
 
 
 def find_splits(
@@ -242,8 +274,8 @@ def _check_patients(splits: dict[str, list[Case]]) -> None:
             first, other = seen.setdefault(patient, (split, case))
             if first != split:
                 raise BundleError(
-                    f"'{_place(other)}' ({first}) and '{_place(case)}' ({split}) are of one patient: move all images "
-                    "of a patient into one split"
+                    f"'{place_of(other)}' ({first}) and '{place_of(case)}' ({split}) are of one patient: move all "
+                    "images of a patient into one split"
                 )
 
 
@@ -325,7 +357,15 @@ def _own_name(case: Case) -> str:
     return "/".join([*dropwhile(lambda folder: folder.lower() in _LAYOUT_FOLDERS, folders), file])
 
 
-def _place(case: Case) -> str:
+def _is_text(case: Case) -> bool:
+    """Whether the names of its files are UTF-8."""
+    sources = [case[key] for key in ("image", "mask") if key in case]
+    return all(
+        is_text(file) for source in sources for file in ([source] if isinstance(source, (str, os.PathLike)) else source)
+    )
+
+
+def place_of(case: Case) -> str:
     """What a person finds the image by."""
     return str(case["image"] if isinstance(case["image"], str) else Path(case["image"][0]).parent)
 
@@ -358,8 +398,11 @@ def keep_readable(cases: list[Case], transform: Callable[[Case], Any], on_error:
         BundleError: at the first bad case, or if none can be read.
     """
     check_choice("on_error", on_error, ("raise", "skip"))
+    note_states(cases)
 
     def problem(case: Case) -> str | None:
+        if not _is_text(case):
+            return f"the name {place_of(case)!a} is no UTF-8: rename the file, or skip such ones with --on_error skip"
         try:
             transform(case)
         except Exception as error:
@@ -389,7 +432,7 @@ def keep_readable(cases: list[Case], transform: Callable[[Case], Any], on_error:
         logger.warning(f"skipped {len(problems)} of {len(cases)} images that cannot be read")
     if cases and not good:
         raise BundleError(
-            f"none of {len(cases)} images can be read, the first is '{_place(cases[0])}': check the files"
+            f"none of {len(cases)} images can be read, the first is {place_of(cases[0])!a}: check the files"
         )
     return good
 
@@ -461,7 +504,7 @@ def _from_datalist(path: Path) -> dict[str, list[Case]]:
     for split in SPLITS:
         items = lists.get(split) or (lists.get("testing") if split == "test" else None) or []
         cases = [_datalist_case(item, split, path) for item in items]
-        splits[split] = _named(cases, [Path(_place(case)) for case in cases], path.parent)
+        splits[split] = _named(cases, [Path(place_of(case)) for case in cases], path.parent)
     return splits
 
 
@@ -483,7 +526,7 @@ def _datalist_case(item: Any, split: str, datalist: Path) -> Case:
         case["mask"] = str(datalist.parent / mask)
     if isinstance(label, (int, float)):
         if label not in (0, 1):
-            raise BundleError(f"label {label} of '{_place(case)}' in '{datalist}' must be 0, 1 or the path of a mask")
+            raise BundleError(f"label {label} of '{place_of(case)}' in '{datalist}' must be 0, 1 or the path of a mask")
         case["label"] = int(label)
     return case
 
@@ -553,8 +596,7 @@ def _spellings(source: Source, path: Path, root: Path, index: int) -> Iterator[s
     long = path.name.replace(".", "_")
     yield _below(path.with_name(_short(_stem(path))), root)
     yield _below(path.with_name(_short(long)), root)
-    files = [source] if isinstance(source, (str, os.PathLike)) else source
-    digest = _digest("\0".join(os.path.relpath(str(file), str(root)) for file in files))
+    digest = _digest("\0".join(os.path.relpath(str(file), str(root)) for file in parts_of(source)))
     yield _below(path.with_name(_short(f"{long}-{digest}")), root)
     while True:  # the same files, listed again
         yield _below(path.with_name(_short(f"{long}-{digest}-{index}")), root)
