@@ -111,7 +111,8 @@ def writing(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        where = f": '{error.filename}'" if error.filename and Path(str(error.filename)) != place else ""
+        inner = error.filename and WORKSPACE not in str(error.filename) and Path(str(error.filename)) != place
+        where = f": '{error.filename}'" if inner else ""
         raise BundleError(
             f"cannot write '{place}' ({reason}{where}): free the disk, mend the folder or its rights, or give another"
         ) from error

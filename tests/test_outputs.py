@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -24,23 +26,29 @@ import bundle.transforms.loading
 import bundle.writers
 from bundle.checkpoint import save_checkpoint
 from bundle.errors import BundleError, user_error
+from bundle.files import check_folder
 from bundle.manifest import Manifest
 from bundle.model import make_detector
 from bundle.outputs import DetectionSaver, ScoreTable, Table
 from bundle.tracking import Tracker
-from bundle.writers import WRITERS, Writer
+from bundle.writers import WRITERS, Writer, _original
 
 MODEL = {"backbone": "efficientnet_lite0", "image_size": 64, "hidden_channels": 8}
 KNOBS = {"device": "cpu", "tracking_uri": "off", "bundle_root": str(ROOT)}
 
 
-def infer(dataset_dir, output_dir, **knobs):
-    """The inference of the bundle in this process, with a network that knows nothing."""
+def infer(dataset_dir, output_dir, meanwhile=lambda: None, **knobs):
+    """The inference of the bundle in this process, with a network that knows nothing.
+
+    ``meanwhile`` happens when all images were checked and before the networks see them.
+    """
     model = Path(output_dir).parent / "model.pt"
     save_checkpoint(make_detector(MODEL), model)
     config = ConfigParser.load_config_file(ROOT / "configs" / "inference.json")
     given = {"dataset_dir": str(dataset_dir), "output_dir": str(output_dir), "checkpoint": str(model), **KNOBS, **knobs}
-    ConfigParser(config | given).get_parsed_content("evaluator").run()
+    evaluator = ConfigParser(config | given).get_parsed_content("evaluator")
+    meanwhile()
+    evaluator.run()
 
 
 def counting(monkeypatch, module, name):
@@ -321,6 +329,104 @@ def test_a_damaged_or_hostile_list_of_results_is_refused(tmp_path, content):
     line = error_of(infer, tmp_path / "in", tmp_path / "out")
     assert "results.json' is no list of results of this bundle" in line
     assert (tmp_path / "mine.txt").exists()
+
+
+FAULTS = {
+    "vanishes": Path.unlink,
+    "is cut": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "changes": lambda path: picture(path, 9),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_input_that_goes_bad_after_the_check_is_named_counted_and_passed_over(tmp_path, caplog, fault, num_workers):
+    for name in ("a", "b", "c"):
+        picture(tmp_path / f"in/{name}.png")
+
+    def meanwhile():
+        FAULTS[fault](tmp_path / "in/b.png")
+
+    infer(tmp_path / "in", tmp_path / "out", meanwhile, num_workers=num_workers, on_error="skip", batch_size=1)
+    assert left_in(tmp_path / "out") == {*results_of("a", "c"), "scores.csv", "results.json"}
+    assert f"{tmp_path}/in/b.png'" in caplog.text
+    assert "skipped 1 of 3 images that cannot be read any more" in caplog.text
+
+
+@pytest.mark.slow
+def test_an_input_that_goes_bad_after_the_check_ends_a_run_that_skips_nothing(tmp_path):
+    for name in ("a", "b"):
+        picture(tmp_path / f"in/{name}.png")
+    with pytest.raises(BundleError, match="no file at '.*b.png'"):
+        infer(tmp_path / "in", tmp_path / "out", (tmp_path / "in/b.png").unlink)
+
+
+@pytest.mark.slow
+def test_a_run_of_which_every_input_goes_bad_has_no_result(tmp_path):
+    picture(tmp_path / "in/a.png")
+    with pytest.raises(BundleError, match="there is no result of any input"):
+        infer(tmp_path / "in", tmp_path / "out", (tmp_path / "in/a.png").unlink, on_error="skip")
+
+
+def test_a_volume_that_changes_before_its_header_is_needed_has_no_result(tmp_path, detector):
+    with pytest.raises(BundleError, match="has changed since it was read"):
+        nib.save(nib.Nifti1Image(np.zeros((20, 20, 4)), np.eye(4)), tmp_path / "a.nii.gz")
+        _original(str(tmp_path / "a.nii.gz"), (20, 20, 3))
+    with pytest.raises(BundleError, match="cannot read '.*b.nii.gz' any more"):
+        _original(str(tmp_path / "b.nii.gz"), (20, 20, 3))
+
+
+@pytest.fixture
+def small_disk():
+    """No file of more than 20 kB can be written: the system says so as of a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_what_the_disk_cannot_hold_leaves_no_half_result(tmp_path, detector, caplog, small_disk):
+    saver = saver_in(tmp_path, detector, on_error="skip")
+    small = case(tmp_path, 1.0)
+    large = small | {"name": "b"}
+    for key in ("image", "pred_map", "pred_map_restored"):
+        large[key] = MetaTensor(torch.rand(1, 200, 200, 1), meta=small[key].meta)
+    small_disk()
+    for data in (large, small):
+        saver.save_batch(SimpleNamespace(state=SimpleNamespace(batch=[data], output=[data])))
+    saver.save_tables()
+    assert left_in(tmp_path / "out") == {*results_of("a"), "scores.csv", "results.json"}
+    assert f"skipped 'b': cannot write '{tmp_path}/out' (File too large" in caplog.text
+    assert "skipped 1 of 2 inputs whose results cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize("output", ["file", "file/deep", "/proc/nowhere"])
+def test_an_output_folder_that_cannot_be_is_one_line_before_any_work(tmp_path, output):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BundleError, match=r"cannot write '.*' \(.*\): free the disk, mend") as caught:
+        check_folder(tmp_path / output)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_where_a_folder_of_results_should_be_is_named_before_any_work(tmp_path):
+    picture(tmp_path / "in/deep/a.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/deep").write_text("mine")
+    line = error_of(infer, tmp_path / "in", tmp_path / "out")
+    assert f"cannot write '{tmp_path}/out/deep' (Not a directory): " in line
+    assert (tmp_path / "out/deep").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_a_name_that_is_no_text_is_named_and_passed_over(tmp_path, caplog):
+    picture(tmp_path / "in/a.png")
+    os.rename(picture(tmp_path / "in/b.png"), os.fsencode(tmp_path) + b"/in/b\xff.png")
+    line = error_of(infer, tmp_path / "in", tmp_path / "out")
+    assert r"in/b\udcff.png' is no UTF-8: rename the file" in line
+    infer(tmp_path / "in", tmp_path / "out", on_error="skip")
+    assert "skipped 1 of 2 images" in caplog.text
+    assert left_in(tmp_path / "out") == {*results_of("a"), "scores.csv", "results.json"}
 
 
 @pytest.mark.parametrize(
