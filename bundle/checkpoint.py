@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pickle
@@ -39,8 +40,10 @@ def save_atomically(content: Any, path: str | os.PathLike) -> None:
     """`torch.save`, at once or not at all; of several processes only the first writes."""
     if idist.get_rank() > 0:
         return
+    buffer = io.BytesIO()  # torch hides why it cannot write to a disk
+    torch.save(content, buffer)
     with whole_file(path) as partial:
-        torch.save(content, partial)
+        partial.write_bytes(buffer.getbuffer())
 
 
 def save_checkpoint(detector: nn.Module, path: str | os.PathLike) -> None:

@@ -191,16 +191,31 @@ def _arguments_in(file: str) -> dict[str, Any]:
 
 
 def show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print one line if the error, or one that it stems from, is a :class:`BundleError`; the whole trace otherwise."""
+    """Print one line if the error, or one that it stems from, is a :class:`BundleError`; the whole trace otherwise.
+
+    What the system refuses is one line as well: a full disk, a file where a folder should be, missing rights.
+    """
     cause = user_error(error)
     if cause is not None:
         # a data loader's worker wraps the message into the worker's trace, whose last line it is
         line = str(cause).strip().splitlines()[-1]
         print(f"error: {line.removeprefix('bundle.errors.BundleError: ')}", file=sys.stderr)
+    elif refusal := _refusal(error):
+        print(f"error: {refusal}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print("interrupted: run the same command again; a training goes on after its last whole epoch", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def _refusal(error: BaseException) -> str | None:
+    """Which file the system refuses to read or write, and why, if that is what ``error`` stems from."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.filename and cause.strerror):
+        cause = cause.__cause__ or cause.__context__
+    if not isinstance(cause, OSError):
+        return None
+    return f"cannot use '{cause.filename}' ({cause.strerror}): check the path, the rights and the disk"
 
 
 def read_config(files: Any) -> dict[str, Any]:

@@ -198,10 +198,20 @@ def _passport(detector: AnomalyDetector) -> dict[str, str]:
 
 @contextmanager
 def _whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A path of the same name in a folder beside ``path``; what is written there appears at once or not at all."""
+    """A path of the same name in a folder beside ``path``; what is written there appears at once or not at all.
+
+    Raises:
+        BundleError: if it cannot be written.
+    """
     target = Path(path)
     with whole_files(target.parent) as folder:  # which moves the .bin before the .xml
-        yield folder / target.name
+        try:
+            yield folder / target.name
+        except RuntimeError as error:  # of torch and OpenVINO, with a full disk as well
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BundleError(
+                f"cannot write '{target}' ({reason}): free the disk, or leave the format out of --formats"
+            ) from error
 
 
 @contextmanager

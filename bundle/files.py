@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -13,10 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from bundle.errors import BundleError
+
 FLAT_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 SUFFIXES = (*NIFTI_SUFFIXES, *FLAT_SUFFIXES, *DICOM_SUFFIXES)
+WORKSPACE = ".partial-"  # what folders begin with in which files wait until all of them are written
 
 Source: TypeAlias = str | os.PathLike | Sequence[str]
 """A file, a folder with one DICOM series, or the files of one."""
@@ -27,12 +31,49 @@ def is_flat(path: str | os.PathLike) -> bool:
     return str(path).lower().endswith(FLAT_SUFFIXES)
 
 
+def parts_of(source: Source) -> Sequence[str | os.PathLike]:
+    """The file or folder, or the files, that a source is given by."""
+    return [source] if isinstance(source, (str, os.PathLike)) else source
+
+
 def files_of(source: Source) -> list[Path]:
     """The files of a source, those of a folder in order of name; a file that is missing is among them."""
     if not isinstance(source, (str, os.PathLike)):
         return [Path(file) for file in source]
     path = Path(source)
     return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+
+
+def state_of(source: Source) -> list[tuple[int, int] | None]:
+    """Size and time of the last change of each file of a source, by which another content shows; None: it is gone."""
+    states: list[tuple[int, int] | None] = []
+    for file in parts_of(source):
+        try:
+            status = os.stat(file)
+            states.append((status.st_size, status.st_mtime_ns))
+        except OSError:
+            states.append(None)
+    return states
+
+
+def is_text(path: str | os.PathLike) -> bool:
+    """Whether a path is UTF-8, so that tables, logs and pictures can show it."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Refuse, before any work, a folder for results that cannot be written to; a missing one stays missing.
+
+    Raises:
+        BundleError: if it is a file or below one, or the system refuses to write.
+    """
+    place = Path(os.path.abspath(folder))
+    if not is_text(place):
+        raise BundleError(f"the name of the folder {str(place)!a} is no UTF-8: give another --output_dir")
+    while not os.path.lexists(place):
+        place = place.parent
+    with writing(Path(folder)), tempfile.TemporaryDirectory(dir=place, prefix=WORKSPACE):
+        pass
 
 
 def file_sha256(path: str | os.PathLike) -> str:
@@ -60,45 +101,91 @@ def _file_digest(path: str, inode: int, size: int, changed: int) -> bytes:
 
 
 @contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Say in one line why ``place`` cannot be written.
+
+    Raises:
+        BundleError: if the system refuses to write, as with a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        inner = error.filename and WORKSPACE not in str(error.filename) and Path(str(error.filename)) != place
+        where = f": '{error.filename}'" if inner else ""
+        raise BundleError(
+            f"cannot write '{place}' ({reason}{where}): free the disk, mend the folder or its rights, or give another"
+        ) from error
+
+
+@contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """A path to write to: the file appears at ``path`` at once when the block ends well, or not at all.
 
     The path ends in ``.partial``, so a writer that goes by the suffix must be told the format.
+
+    Raises:
+        BundleError: if the system refuses to write, as with a full disk.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        try:
+            yield partial
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_files(folder: str | os.PathLike, stale: Iterable[str] = ()) -> Iterator[Path]:
-    """A new folder to write to: files and folders in it appear in ``folder`` when the block ends well, or not at all.
+    """A new folder to write to: the files in it appear in ``folder`` when the block ends well, or not at all.
 
-    They move in order of name, each at once.
+    They move in order of name, each at once, into subfolders that may be there and hold other files.
 
     Args:
         folder: where they belong; made if it is missing.
-        stale: names in ``folder`` that belong to the same set, and vanish if they are not written anew.
+        stale: files below ``folder``, or subfolders with all that is in them, that belong to the same set and vanish if
+            they are not written anew.
+
+    Raises:
+        BundleError: if the system refuses to write, as with a full disk.
     """
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as workspace:
-        fresh, old = Path(workspace, "new"), Path(workspace, "old")
-        fresh.mkdir()
-        old.mkdir()
-        yield fresh
-        written = {item.name: item for item in sorted(fresh.iterdir())}
-        for name in dict.fromkeys([*stale, *written]):
-            place = target / name
-            if place.exists() and (name not in written or place.is_dir()):  # a file is replaced without a gap
-                os.replace(place, old / name)
-        for name, item in written.items():
-            os.replace(item, target / name)
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=WORKSPACE) as fresh:
+            yield Path(fresh)
+            written = files_below(Path(fresh))
+            for path in written:
+                (target / path).parent.mkdir(parents=True, exist_ok=True)
+                if (target / path).is_dir():
+                    raise IsADirectoryError(errno.EISDIR, "there is a folder of this name", str(target / path))
+            for path in written:
+                os.replace(Path(fresh, path), target / path)
+        for path in {old for name in stale for old in _files_at(target, name)}.difference(written):
+            (target / path).unlink(missing_ok=True)
+            _remove_empty((target / path).parent, target)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files below ``folder``, by their paths below it, in order of name."""
+    return sorted(file.relative_to(folder) for file in folder.rglob("*") if not file.is_dir())
+
+
+def _files_at(folder: Path, name: str) -> list[Path]:
+    """The file ``name`` in ``folder``, or all files of the subfolder ``name``, as paths below ``folder``."""
+    place = folder / name
+    is_folder = place.is_dir() and not place.is_symlink()
+    return [Path(name, path) for path in files_below(place)] if is_folder else [Path(name)]
+
+
+def _remove_empty(folder: Path, top: Path) -> None:
+    """Remove ``folder``, and what it lies in up to ``top``, while nothing is in them."""
+    while folder != top and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
 
 
 def write_csv(path: str | os.PathLike, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cache
 from itertools import chain
 from operator import itemgetter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
+from bundle.data.cases import Case, find_images
 from bundle.distributed import gather
 from bundle.errors import BundleError, check_choice
-from bundle.files import whole_files, write_csv
+from bundle.files import files_below, files_of, whole_files, write_csv, writing
+from bundle.manifest import FILE, OF_RUN, Manifest
 from bundle.networks.detector import Detector
 from bundle.provenance import data_words
 from bundle.results import CaseResult
@@ -120,12 +123,71 @@ class SliceTable(Table):
         ]
 
 
+TABLES: tuple[type[Table], ...] = (ScoreTable, SliceTable)
+
+
+def find_inputs(
+    dataset_dir: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    writers: Sequence[type[Writer]] = WRITERS,
+    tables: Sequence[type[Table]] = TABLES,
+) -> list[Case]:
+    """What there is to infer on, if its results can be written without harm to other files; nothing is read but names.
+
+    Results of earlier runs are no inputs, wherever ``output_dir`` lies.
+
+    Args:
+        dataset_dir: see :func:`bundle.data.find_images`.
+        output_dir: the folder of the results, which may be missing.
+        writers: the formats that may be written.
+        tables: the tables.
+
+    Raises:
+        BundleError: if there is no image, an image lies in ``output_dir``, or where a result may be written stands what
+            no earlier run has left there.
+    """
+    manifest = Manifest(output_dir)
+    folder = os.path.realpath(output_dir)
+    cases = find_images(dataset_dir, {os.path.join(folder, file) for file in manifest.files})
+    real_folder = cache(os.path.realpath)
+    for file in (file for case in cases for file in files_of(case["image"])):
+        if os.path.commonpath([real_folder(file.parent), folder]) == folder:
+            raise BundleError(
+                f"'{file}' lies in output_dir '{output_dir}', where results may overwrite it: give an --output_dir "
+                "without images"
+            )
+    names = {case["name"] for case in cases}
+    suffixes = [suffix for writer in writers for suffix in writer.suffixes]
+    _check_places(manifest, names, suffixes, {FILE, *(table.file for table in tables)})
+    return cases
+
+
+def _check_places(manifest: Manifest, names: Collection[str], suffixes: Sequence[str], tables: set[str]) -> None:
+    """Refuse results that would stand in the way of others, or that something else stands in the way of."""
+
+    @cache
+    def listed(folder: Path) -> set[str]:
+        with writing(folder):
+            return set(os.listdir(folder)) if os.path.lexists(folder) else set()
+
+    for place in {str(parent) for name in names for parent in PurePosixPath(name).parents}:
+        if place in tables or any(place.endswith(s) and place.removesuffix(s) in names for s in suffixes if "." in s):
+            raise BundleError(
+                f"a result would be called '{place}', as is a folder with images: rename the folder, or infer it alone"
+            )
+    results = (PurePosixPath(f"{name}{suffix}") for name in names for suffix in suffixes)
+    for file in chain(map(PurePosixPath, tables - {FILE}), results):
+        if file.name in listed(manifest.folder / file.parent):
+            manifest.check_owned(str(file))
+
+
 class DetectionSaver:
     """A handler of the inference engine that writes what it found.
 
-    For an input ``NAME`` each of ``writers`` that applies leaves files ``NAME_...``. They take the place of all that an
-    earlier run has left, whole or not at all. At the end each of ``tables`` that has lines is written: ``scores.csv``
-    has one for each input, ``slice_scores.csv`` one for each slice of a volume.
+    For an input ``NAME`` each of ``writers`` that applies leaves files ``NAME_...``, whole or not at all. They take the
+    place of those that an earlier run has left for ``NAME``, as :class:`bundle.manifest.Manifest` knows; no other file
+    is replaced or removed. At the end each of ``tables`` that has lines is written: ``scores.csv`` has one for each
+    input, ``slice_scores.csv`` one for each slice of a volume.
 
     Args:
         output_dir: the folder; subfolders of the input are kept.
@@ -156,13 +218,14 @@ class DetectionSaver:
         worst_slices: int = 3,
         on_error: str = "raise",
         writers: Sequence[type[Writer]] = WRITERS,
-        tables: Sequence[type[Table]] = (ScoreTable, SliceTable),
+        tables: Sequence[type[Table]] = TABLES,
     ) -> None:
         if worst_slices < 1:
             raise BundleError(f"worst_slices is {worst_slices}: give at least 1")
         if write_dicom and preprocessing is None:
             raise BundleError("write_dicom is true, but preprocessing is missing: give DetectionSaver both")
         self.output_dir = Path(output_dir)
+        self.manifest = Manifest(output_dir, idist.get_rank())
         self.tracker = tracker
         self.skips = check_choice("on_error", on_error, ("raise", "skip")) == "skip"
         self.skipped = 0
@@ -174,8 +237,14 @@ class DetectionSaver:
 
     def attach(self, engine: Engine) -> None:
         """Register with the inference engine."""
+        engine.add_event_handler(Events.STARTED, self.check_tables)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.save_batch)
         engine.add_event_handler(Events.COMPLETED, self.save_tables)
+
+    def check_tables(self) -> None:
+        """Refuse, before any work, to replace tables that are no results."""
+        for table in self.tables:
+            self.manifest.check_owned(table.file)
 
     def save_batch(self, engine: Engine) -> None:
         """Write the files of the current batch."""
@@ -186,7 +255,7 @@ class DetectionSaver:
             except BundleError as error:
                 if not self.skips:
                     raise
-                logger.warning(f"skipped: {error}")
+                logger.warning(f"skipped '{case['name']}': {error}")
                 self.skipped += 1
         if self.tables[0].rows:
             self.tracker.start()  # only now: the first result need not wait until MLflow has its database
@@ -199,27 +268,44 @@ class DetectionSaver:
         """
         result = CaseResult.from_output(data, self.settings.detector)
         target = self.output_dir / result.name
-        owned = [f"{target.name}{suffix}" for writer in self.writers for suffix in writer.suffixes]
-        with whole_files(target.parent, stale=owned) as folder:
+        place = PurePosixPath(result.name).parent
+        stale = self._left(result.name)
+        with whole_files(target.parent, [str(PurePosixPath(file).relative_to(place)) for file in stale]) as fresh:
             for writer in self.writers:
                 if writer.applies(result):
-                    writer.write(folder / target.name, result, data["image"])
+                    writer.write(fresh / target.name, result, data["image"])
+            files = {str(place / path) for path in files_below(fresh)}
+            self.manifest.claim(result.name, result.path, files)
+        self.manifest.settle(result.name, stale - files)
         for table in self.tables:
             table.add(result)
+
+    def _left(self, name: str) -> set[str]:
+        """What an earlier run has left for the result ``name`` in the formats of this one."""
+        places = [f"{name}{suffix}" for writer in self.writers for suffix in writer.suffixes]
+        folders = tuple(f"{place}/" for place in places)
+        return {file for file in self.manifest.files_of(name) if file in places or file.startswith(folders)}
 
     def save_tables(self) -> None:
         """Write the tables, of all processes, in the first one."""
         rows = [table.gathered() for table in self.tables]
-        inputs, skipped = len(rows[0]), sum(gather(self.skipped))
+        inputs, skipped, shares = len(rows[0]), sum(gather(self.skipped)), gather(self.manifest.mine)
         if idist.get_rank() > 0:
             return
         if skipped:
             logger.warning(f"skipped {skipped} of {skipped + inputs} inputs whose results cannot be written")
         if not inputs:
-            raise BundleError(f"no result of {skipped} inputs could be written: see above")
-        for table, lines in zip(self.tables, rows, strict=True):
-            if lines:
-                write_csv(self.output_dir / table.file, lines, table.columns)
+            raise BundleError("there is no result of any input: see above, and check the files and the disk")
+        files = {table.file: lines for table, lines in zip(self.tables, rows, strict=True) if lines}
+        stale = {table.file for table in self.tables if table.file in self.manifest.files_of(OF_RUN)} - files.keys()
+        self.manifest.claim(OF_RUN, "", files.keys())
+        for table in self.tables:
+            if table.file in files:
+                write_csv(self.output_dir / table.file, files[table.file], table.columns)
+        for file in stale:
+            (self.output_dir / file).unlink(missing_ok=True)
+        self.manifest.settle(OF_RUN, stale)
+        self.manifest.write(shares)
         scores = self.output_dir / self.tables[0].file
         highest = max(row["score"] for row in rows[0])
         self.tracker.log({"inputs": inputs, "highest_score": highest}, {"report": [scores]})

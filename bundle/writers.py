@@ -131,8 +131,8 @@ class NiftiWriter(Writer):
 
     def write(self, stem: Path, result: CaseResult, image: MetaTensor) -> None:
         """Write all three, with the geometry that the header of a NIfTI image tells."""
-        original: Any = nib.load(result.path) if result.path.lower().endswith(NIFTI_SUFFIXES) else None
         anomaly_map = result.restored.values
+        original = _original(result.path, anomaly_map.shape)
         gray_levels = np.round(255 * heat(anomaly_map, result.threshold))
         for name, values in (
             ("map", anomaly_map.astype(np.float32)),
@@ -203,6 +203,23 @@ class DicomWriter(Writer):
 
 
 WRITERS: tuple[type[Writer], ...] = (PictureWriter, NiftiWriter, OverlayWriter, DicomWriter)
+
+
+def _original(path: str, shape: tuple[int, ...]) -> Any:
+    """The NIfTI image at ``path``, for its header, or None if it is of another format.
+
+    Raises:
+        BundleError: if it has vanished, or has no longer the ``shape`` [x, y, slices] that it was read with.
+    """
+    if not path.lower().endswith(NIFTI_SUFFIXES):
+        return None
+    try:
+        image: Any = nib.load(path)
+    except Exception as error:  # damaged files raise whatever they like
+        raise BundleError(f"cannot read '{path}' any more ({type(error).__name__}): check the file") from error
+    if (*image.shape, 1)[:3] != tuple(shape):
+        raise BundleError(f"'{path}' has changed since it was read: run again when it is complete")
+    return image
 
 
 def _take_geometry(header: nib.Nifti1Header, original: nib.Nifti1Header) -> None:

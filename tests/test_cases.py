@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import random
+import unicodedata
 from pathlib import Path
 
 import nibabel as nib
@@ -14,7 +16,7 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 
 from bundle.data import find_images, find_splits, keep_readable, read_splits
-from bundle.data.cases import add_keys, number_patients
+from bundle.data.cases import _named, add_keys, number_patients
 from bundle.errors import BundleError
 from bundle.files import content_key
 from bundle.transforms import ExtractSlicesd, LoadCased
@@ -145,11 +147,69 @@ def test_a_folder_of_one_dicom_series_is_one_image(tmp_path):
     np.testing.assert_allclose(image.affine[:3, :3].norm(dim=0), [0.661468, 0.661468, 5.0], atol=1e-4)
 
 
-def test_names_never_collide(tmp_path):
-    for name in ("a.png", "a.jpg", "a_png.png"):
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["a.png", "a.jpg", "a_png.png"],
+        ["a.png", "a.jpg", "a_png.bmp", "a_png_2.bmp"],
+        ["a.png", "A.PNG", "b.png"],
+        ["\u00e9.png", "e\u0301.png"],
+        ["stra\u00dfe.png", "STRASSE.png", "strasse_png.png"],
+        ["a.b/c.png", "a_b/c.png", "a.b/c.jpg"],
+    ],
+)
+def test_names_never_collide_not_even_where_a_file_system_is_indifferent(tmp_path, files):
+    for name in files:
+        picture(tmp_path / name)
+    cases = find_images(tmp_path)
+    names = [unicodedata.normalize("NFC", case["name"]).casefold() for case in cases]
+    assert len(set(names)) == len(cases) == len(files)
+    assert find_images(tmp_path) == cases
+
+
+def test_names_are_unique_whatever_the_names_of_files(tmp_path):
+    """Of all sets of names over a small alphabet that looks like what names are made of."""
+    drawn = random.Random(0)
+    suffixes = (".png", ".jpg", ".nii.gz", ".dcm", "")
+    for _ in range(300):
+        parts = drawn.choices(["a", "A", "_png", "_jpg", ".png", "_2", ".", "b/"], k=40)
+        files = {f"x{''.join(parts[i : i + drawn.randint(0, 3)])}{drawn.choice(suffixes)}" for i in range(30)}
+        paths = [tmp_path / file for file in sorted(files)]
+        cases = [{"image": str(path)} for path in [*paths, *paths[:2]]]  # two are listed again
+        names = [case["name"] for case in _named(cases, [Path(case["image"]) for case in cases], tmp_path)]
+        assert len({name.casefold() for name in names}) == len(cases)
+
+
+def test_names_of_files_that_collide_with_nothing_do_not_depend_on_others(tmp_path):
+    for name in ("a.png", "b.png", "b.jpg", "deep/b.png"):
+        picture(tmp_path / name)
+    (tmp_path / "deep/c.nii.gz").touch()
+    assert [case["name"] for case in find_images(tmp_path)] == ["a", "b_jpg", "b_png", "deep/b", "deep/c"]
+
+
+def test_a_name_leaves_room_for_what_results_add_to_it(tmp_path):
+    long = "\u00e9" * 125
+    for name in (f"{long}.png", f"{long[:-1]}e.png"):
         picture(tmp_path / name)
     names = [case["name"] for case in find_images(tmp_path)]
-    assert len(set(names)) == 3
+    assert len(set(names)) == 2
+    for name in names:
+        assert len(f"{name}_heatmap.nii.gz".encode()) <= 255
+        assert name.startswith(long[:100])
+
+
+def test_a_file_that_is_called_like_a_suffix_keeps_its_name(tmp_path):
+    for name in (".png", "..png", "...png"):
+        picture(tmp_path / "a.png")
+        (tmp_path / "a.png").rename(tmp_path / name)
+    assert {case["name"] for case in find_images(tmp_path)} == {".png", "..png", "...png"}
+
+
+def test_files_that_are_to_be_passed_over_are_by_whatever_way_they_are_found(tmp_path):
+    picture(tmp_path / "in/a.png")
+    picture(tmp_path / "in/b.png")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    assert [case["name"] for case in find_images(tmp_path / "link", {str(tmp_path / "in/b.png")})] == ["a"]
 
 
 def test_a_float_label_counts_and_another_number_is_refused(tmp_path):

@@ -2,15 +2,17 @@
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from ignite.engine import Events
 from monai.data import Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
+from monai.transforms import Compose
 
 from bundle.compute import Compute
-from bundle.data import EmbeddingDataset, EmbeddingStore, SliceBatches
+from bundle.data import EmbeddingDataset, EmbeddingStore, SliceBatches, keep_readable
 from bundle.data.cases import add_keys
 from bundle.data.stream import read_ahead
 from bundle.errors import BundleError
@@ -192,6 +194,79 @@ def test_a_case_that_has_its_key_is_not_hashed_again(detector, files, tmp_path, 
     monkeypatch.setattr("bundle.files._file_digest", lambda *state: pytest.fail(f"hashed again: {state}"))
     dataset = cached(detector, files, tmp_path / "cache", decoded(files, []))
     assert dataset.keys == [case["key"] for case in files]
+
+
+class Decoded:
+    """A transform that reads what the file of a case says; it can travel to another process."""
+
+    def __call__(self, item):
+        try:
+            slices = int(Path(item["image"]).read_text())
+        except (OSError, ValueError) as error:
+            raise BundleError(f"cannot read '{item['image']}'") from error
+        return case(item["name"], slices)
+
+
+FAULTS = {
+    "vanished": Path.unlink,
+    "cut": lambda path: path.write_text(""),
+    "changed": lambda path: path.write_text("11"),
+}
+
+
+@pytest.fixture
+def checked(tmp_path):
+    """Three cases that were read once."""
+    (tmp_path / "images").mkdir()
+    cases = []
+    for name, slices in (("a", 3), ("b", 1), ("c", 2)):
+        (tmp_path / "images" / name).write_text(str(slices))
+        cases.append({"name": name, "image": str(tmp_path / "images" / name)})
+    return keep_readable(cases, Decoded())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_file_that_goes_bad_after_the_check_is_named_counted_and_passed_over(
+    checked, detector, caplog, fault, num_workers
+):
+    FAULTS[fault](Path(checked[1]["image"]))
+    dataset = Dataset(checked, Compose([Decoded()]))
+    batches = list(SliceBatches(dataset, detector.resize, 2, num_workers, on_error="skip"))
+    assert [one.case.item["name"] for batch in batches for one in batch] == ["a", "a", "a", "c", "c"]
+    assert f"skipped: {'' if fault == 'changed' else 'cannot read '}'{checked[1]['image']}'" in caplog.text
+    assert "skipped 1 of 3 images that cannot be read any more" in caplog.text
+    with pytest.raises(BundleError, match="images/b'") as caught:
+        list(SliceBatches(dataset, detector.resize, 2, num_workers))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_goes_bad_before_it_is_embedded_is_left_out_of_training(
+    checked, detector, tmp_path, caplog, fault, num_workers
+):
+    add_keys(checked)
+    bad = Path(checked[0]["image"])
+    FAULTS[fault](bad)
+    store = EmbeddingStore(tmp_path / "cache", tmp_path, {})
+    given = (checked, Compose([Decoded()]), detector, Compute("cpu", "fp32"), store, 4, num_workers)
+    with pytest.raises(BundleError, match="images/a'"):
+        EmbeddingDataset(*given)
+    dataset = EmbeddingDataset(*given, on_error="skip")
+    assert [one["name"] for one in dataset.data] == ["b", "c"]
+    assert len(dataset) == len(dataset.patients) == 3
+    assert f"'{bad}'" in caplog.text and "skipped 1 of 3 images" in caplog.text
+    assert checked[0]["key"] not in store  # nothing is kept of another content under this one's key
+
+
+def test_what_vanishes_before_it_is_hashed_is_named_or_left_out(checked, detector, tmp_path, caplog):
+    Path(checked[2]["image"]).unlink()
+    given = (checked, Decoded(), detector, Compute("cpu", "fp32"), EmbeddingStore(tmp_path / "cache", tmp_path, {}))
+    with pytest.raises(BundleError, match="no file at '.*images/c'"):
+        EmbeddingDataset(*given)
+    assert [one["name"] for one in EmbeddingDataset(*given, on_error="skip").data] == ["a", "b"]
+    assert "skipped: no file at" in caplog.text
 
 
 def test_moments_are_those_of_all_patches(detector, files, tmp_path):

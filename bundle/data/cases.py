@@ -8,14 +8,17 @@ work begins, so that a bad one is named in the first seconds.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain, dropwhile
 from operator import itemgetter
 from pathlib import Path
@@ -26,7 +29,18 @@ from tqdm import tqdm
 from bundle.dicom.series import group_series, patient_of
 from bundle.distributed import gather, shard
 from bundle.errors import BundleError, check_choice, user_error
-from bundle.files import FLAT_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, Source, content_key, files_of
+from bundle.files import (
+    FLAT_SUFFIXES,
+    NIFTI_SUFFIXES,
+    SUFFIXES,
+    WORKSPACE,
+    Source,
+    content_key,
+    files_of,
+    is_text,
+    parts_of,
+    state_of,
+)
 from bundle.transforms.loading import is_dicom_file
 
 Case: TypeAlias = dict[str, Any]
@@ -34,6 +48,7 @@ Case: TypeAlias = dict[str, Any]
 SPLITS = ("training", "validation", "test")
 VALIDATION_SHARE = 0.1  # of the healthy training cases, where a set brings no healthy validation cases of its own
 
+LONGEST_NAME = 240  # bytes of a result's name without suffix: file systems take 255
 # The spellings of BMAD's folders
 _SPLIT_FOLDERS = {"training": ("train",), "validation": ("valid", "val", "validation"), "test": ("test",)}
 _CLASS_FOLDERS = {0: ("good",), 1: ("ungood", "bad", "anomaly")}
@@ -76,7 +91,7 @@ def read_splits(
     healthy = [*found["training"], *found["validation"]]
     if store is not None:
         add_keys(healthy)
-    known = {id(case) for case in healthy if store is not None and case.get("key") in store}
+    known = {id(case) for case in healthy if store is not None and case.get("key") in store and _is_text(case)}
     tests = {id(case) for case in found["test"]}
 
     def read(case: Case) -> Any:
@@ -87,7 +102,7 @@ def read_splits(
     splits = {split: [case for case in found[split] if id(case) in kept] for split in SPLITS}
     for split in ("training", "validation"):
         if found[split] and not splits[split]:
-            place = _place(found[split][0])
+            place = place_of(found[split][0])
             raise BundleError(f"no image of the {split} split can be read, the first is '{place}': check the files")
     return splits
 
@@ -98,14 +113,34 @@ def add_keys(cases: list[Case]) -> None:
     Processes that work together hash a share each and tell each other.
     """
     unknown = [case for case in cases if "key" not in case]
-    mine = {
-        index: content_key(unknown[index]["image"])
-        for index in shard(range(len(unknown)))
-        if all(file.exists() for file in files_of(unknown[index]["image"]))
-    }
+    note_states(unknown)
+    mine: dict[int, str] = {}
+    for index in shard(range(len(unknown))):
+        with suppress(OSError):  # a file that is missing, or vanishes now: whoever reads it names it
+            mine[index] = content_key(unknown[index]["image"])
     for share in gather(mine):
         for index, key in share.items():
             unknown[index]["key"] = key
+
+
+def note_states(cases: Iterable[Case]) -> None:
+    """Give each case the ``state`` of its files, by which :func:`check_unchanged` knows them; it keeps one it has."""
+    for case in cases:
+        case.setdefault("state", _state(case))
+
+
+def check_unchanged(case: Case) -> None:
+    """Refuse a case whose files are not what they were when they were checked, if that is known.
+
+    Raises:
+        BundleError: if one has changed or vanished.
+    """
+    if "state" in case and case["state"] != _state(case):
+        raise BundleError(f"'{place_of(case)}' has changed since it was checked: run again when its files are complete")
+
+
+def _state(case: Case) -> list[Any]:
+    return [state_of(case[key]) for key in ("image", "mask") if key in case]
 
 
 def find_splits(
@@ -249,8 +284,8 @@ def _check_patients(splits: dict[str, list[Case]]) -> None:
             first, other = seen.setdefault(patient, (split, case))
             if first != split:
                 raise BundleError(
-                    f"'{_place(other)}' ({first}) and '{_place(case)}' ({split}) are of one patient: move all images "
-                    "of a patient into one split"
+                    f"'{place_of(other)}' ({first}) and '{place_of(case)}' ({split}) are of one patient: move all "
+                    "images of a patient into one split"
                 )
 
 
@@ -372,13 +407,25 @@ def _own_name(case: Case) -> str:
     return "/".join([*dropwhile(lambda folder: folder.lower() in _LAYOUT_FOLDERS, folders), file])
 
 
-def _place(case: Case) -> str:
+def _is_text(case: Case) -> bool:
+    """Whether the names of its files are UTF-8."""
+    sources = [case[key] for key in ("image", "mask") if key in case]
+    return all(
+        is_text(file) for source in sources for file in ([source] if isinstance(source, (str, os.PathLike)) else source)
+    )
+
+
+def place_of(case: Case) -> str:
     """What a person finds the image by."""
     return str(case["image"] if isinstance(case["image"], str) else Path(case["image"][0]).parent)
 
 
-def find_images(dataset_dir: str | os.PathLike) -> list[Case]:
+def find_images(dataset_dir: str | os.PathLike, passed_over: Container[str] = ()) -> list[Case]:
     """Every image below a folder, or the one file, as unlabeled cases; folders of masks are passed over.
+
+    Args:
+        dataset_dir: the folder or file.
+        passed_over: files that are not looked for in a folder, by their real paths.
 
     Raises:
         BundleError: if there is none.
@@ -386,7 +433,7 @@ def find_images(dataset_dir: str | os.PathLike) -> list[Case]:
     path = Path(os.path.abspath(dataset_dir))  # '.' has a name, too
     if not path.exists():
         raise BundleError(f"no file or folder at '{path}': give --dataset_dir an image, a volume or a folder of them")
-    return _unlabeled(path)
+    return _unlabeled(path, passed_over)
 
 
 def keep_readable(cases: list[Case], transform: Callable[[Case], Any], on_error: str = "raise") -> list[Case]:
@@ -401,8 +448,11 @@ def keep_readable(cases: list[Case], transform: Callable[[Case], Any], on_error:
         BundleError: at the first bad case, or if none can be read.
     """
     check_choice("on_error", on_error, ("raise", "skip"))
+    note_states(cases)
 
     def problem(case: Case) -> str | None:
+        if not _is_text(case):
+            return f"the name {place_of(case)!a} is no UTF-8: rename the file, or skip such ones with --on_error skip"
         try:
             transform(case)
         except Exception as error:
@@ -432,7 +482,7 @@ def keep_readable(cases: list[Case], transform: Callable[[Case], Any], on_error:
         logger.warning(f"skipped {len(problems)} of {len(cases)} images that cannot be read")
     if cases and not good:
         raise BundleError(
-            f"none of {len(cases)} images can be read, the first is '{_place(cases[0])}': check the files"
+            f"none of {len(cases)} images can be read, the first is {place_of(cases[0])!a}: check the files"
         )
     return good
 
@@ -449,8 +499,8 @@ class _Image(NamedTuple):
     path: Path
 
 
-def _unlabeled(path: Path) -> list[Case]:
-    images = [_Image(str(path), path)] if path.is_file() else list(_images_below(path))
+def _unlabeled(path: Path, passed_over: Container[str] = ()) -> list[Case]:
+    images = [_Image(str(path), path)] if path.is_file() else list(_images_below(path, passed_over))
     if not images:
         raise BundleError(f"no image in '{path}': put {', '.join(SUFFIXES)} files there, or give another folder")
     return _named(
@@ -504,7 +554,7 @@ def _from_datalist(path: Path) -> dict[str, list[Case]]:
     for split in SPLITS:
         items = lists.get(split) or (lists.get("testing") if split == "test" else None) or []
         cases = [_datalist_case(item, split, path) for item in items]
-        splits[split] = _named(cases, [Path(_place(case)) for case in cases], path.parent)
+        splits[split] = _named(cases, [Path(place_of(case)) for case in cases], path.parent)
     return splits
 
 
@@ -526,18 +576,21 @@ def _datalist_case(item: Any, split: str, datalist: Path) -> Case:
         case["mask"] = str(datalist.parent / mask)
     if isinstance(label, (int, float)):
         if label not in (0, 1):
-            raise BundleError(f"label {label} of '{_place(case)}' in '{datalist}' must be 0, 1 or the path of a mask")
+            raise BundleError(f"label {label} of '{place_of(case)}' in '{datalist}' must be 0, 1 or the path of a mask")
         case["label"] = int(label)
     return case
 
 
-def _images_below(folder: Path) -> Iterator[_Image]:
+def _images_below(folder: Path, passed_over: Container[str] = ()) -> Iterator[_Image]:
     """Images below ``folder`` in order of name; a DICOM series is one image, in whatever folders its files lie."""
     others, dicom = [], []
     for directory, subfolders, names in os.walk(folder):
-        subfolders[:] = sorted(name for name in subfolders if name.lower() not in _MASK_FOLDERS)
+        subfolders[:] = sorted(
+            name for name in subfolders if name.lower() not in _MASK_FOLDERS and not name.startswith(WORKSPACE)
+        )
+        real = os.path.realpath(directory)
         own, emptied = [], []
-        for file in (Path(directory) / name for name in sorted(names)):
+        for file in (Path(directory) / name for name in sorted(names) if os.path.join(real, name) not in passed_over):
             if is_dicom_file(file):
                 own.append(file)
             elif file.name.lower().endswith(SUFFIXES):
@@ -563,21 +616,59 @@ def _series_of(files: list[Path]) -> list[_Image]:
 
 
 def _stem(file: Path) -> str:
-    """File name without the suffix, of which ``.nii.gz`` is one."""
+    """File name without the suffix, of which ``.nii.gz`` is one, unless there is nothing else."""
     suffix = next((s for s in SUFFIXES if file.name.lower().endswith(s)), "")
-    return file.name[: len(file.name) - len(suffix)]
+    stem = file.name[: len(file.name) - len(suffix)]
+    return stem if stem.strip(".") else file.name
 
 
 def _named(cases: list[Case], paths: list[Path], root: Path) -> list[Case]:
-    """Give each case its path below ``root`` without suffix as name; suffixes stay where two names would be equal."""
-    short = [_below(path.with_name(_stem(path)), root) for path in paths]
-    count = Counter(short)
-    taken: Counter[str] = Counter()
-    for case, name, path in zip(cases, short, paths, strict=True):
-        name = name if count[name] == 1 else _below(path, root).replace(".", "_")
-        taken[name] += 1
-        case["name"] = name if taken[name] == 1 else f"{name}_{taken[name]}"
+    """Give each case a name that no other has, not even where case and Unicode's form of letters do not count.
+
+    It is the path below ``root`` without suffix. Where names would be equal, all of them keep their suffixes. Where
+    they still are, a hash of the path follows, and a number where even that is the same.
+    """
+    spellings = [
+        _spellings(case["image"], path, root, index)
+        for index, (case, path) in enumerate(zip(cases, paths, strict=True))
+    ]
+    names = [next(spelling) for spelling in spellings]
+    while twins := _twins(names):
+        for index in twins:
+            names[index] = next(spellings[index])
+    for case, name in zip(cases, names, strict=True):
+        case["name"] = name
     return cases
+
+
+def _spellings(source: Source, path: Path, root: Path, index: int) -> Iterator[str]:
+    """Names of a case, from the plain one to one that no other case has, again and again."""
+    long = path.name.replace(".", "_")
+    yield _below(path.with_name(_short(_stem(path))), root)
+    yield _below(path.with_name(_short(long)), root)
+    digest = _digest("\0".join(os.path.relpath(str(file), str(root)) for file in parts_of(source)))
+    yield _below(path.with_name(_short(f"{long}-{digest}")), root)
+    while True:  # the same files, listed again
+        yield _below(path.with_name(_short(f"{long}-{digest}-{index}")), root)
+
+
+def _short(name: str) -> str:
+    """``name``; where results of this name would be too long for a file system, its beginning and a hash."""
+    content = os.fsencode(name)
+    if len(content) <= LONGEST_NAME:
+        return name
+    return f"{content[: LONGEST_NAME - 13].decode('utf-8', 'ignore')}-{_digest(name)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]
+
+
+def _twins(names: list[str]) -> list[int]:
+    """The places of names that a file system may take for one."""
+    folded = [unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()) for name in names]
+    counts = Counter(folded)
+    return [index for index, name in enumerate(folded) if counts[name] > 1]
 
 
 def _below(file: Path, root: Path) -> str:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import ignite.distributed as idist
@@ -16,12 +17,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from bundle.compute import Compute
-from bundle.data.cases import Case, add_keys, number_patients
+from bundle.data.cases import Case, add_keys, number_patients, place_of
 from bundle.data.store import EmbeddingStore
 from bundle.data.stream import SliceBatches, positions_of
 from bundle.distributed import gather, shard
 from bundle.errors import BundleError
-from bundle.files import content_key
 from bundle.networks.detector import AnomalyDetector
 from bundle.networks.neighbors import PlacedSlices
 
@@ -43,9 +43,15 @@ class EmbeddingDataset(Dataset[Tensor]):
         store: keeps the embeddings; its recipe must say what ``transform``, ``detector`` and ``compute`` do.
         batch_size: slices that go through the backbone together.
         num_workers: processes that read cases.
+        on_error: at a case that cannot be read, or has changed since its content was looked at, ``raise``, or ``skip``:
+            warn of it, count it, and go on without it.
 
     Attributes:
-        keys: of every case in the store, by its content.
+        data: the cases that are there.
+        keys: of each of them in the store, by its content.
+
+    Raises:
+        BundleError: at a case that cannot be read.
     """
 
     def __init__(
@@ -57,23 +63,36 @@ class EmbeddingDataset(Dataset[Tensor]):
         store: EmbeddingStore,
         batch_size: int = 8,
         num_workers: int = 0,
+        on_error: str = "raise",
     ) -> None:
-        self.data = data
         self.transform = transform
         self.store = store
         add_keys(data)
-        keys = self.keys = [case.get("key") or content_key(case["image"]) for case in data]  # which names a lost file
-        store.use(keys)
-        absent = {key: case for key, case in zip(keys, data, strict=True) if key not in store}
+        found = [case for case in data if "key" in case]
+        self._report_vanished([case for case in data if "key" not in case], on_error)
+        store.use([case["key"] for case in found])
+        absent = {case["key"]: case for case in found if case["key"] not in store}
         missing = gather(list(absent.items()))[0]  # one view of the store, before any process adds to it
+        lost: set[str] = set()
         if missing:
-            self._embed(shard(missing), compute.place(detector), compute, batch_size, num_workers)
+            place = compute.place(detector)
+            lost = set(chain(*gather(self._embed(shard(missing), place, compute, batch_size, num_workers, on_error))))
         idist.barrier()
         store.refresh()
+        self.data = [case for case in found if case["key"] not in lost]
+        keys = self.keys = [case["key"] for case in self.data]
         store.use(keys)
-        new, kept = len(missing), len(data) - len(missing)
+        new, kept = len(missing) - len(lost), len(found) - len(missing)
         logger.info(f"embedded {new} images, {kept} were there; {store.describe()}")
         self._places = [(key, index) for key in keys for index in range(store.count(key))]
+
+    @staticmethod
+    def _report_vanished(cases: Sequence[Case], on_error: str) -> None:
+        for case in cases:
+            message = f"no file at '{place_of(case)}': check the path"
+            if on_error == "raise":
+                raise BundleError(message)
+            logger.warning(f"skipped: {message}")
 
     def _embed(
         self,
@@ -82,9 +101,14 @@ class EmbeddingDataset(Dataset[Tensor]):
         compute: Compute,
         batch_size: int,
         num_workers: int,
-    ) -> None:
+        on_error: str,
+    ) -> list[str]:
+        """Fill the store; returns the keys of what could not be read."""
         cases = MonaiDataset([case for _, case in missing], self.transform)
-        batches = SliceBatches(cases, lambda image: detector.resize(image.to(compute.device)), batch_size, num_workers)
+        device = compute.device
+        batches = SliceBatches(
+            cases, lambda image: detector.resize(image.to(device)), batch_size, num_workers, on_error
+        )
         with tqdm(
             total=len(missing), desc="embedding healthy images", unit="image", disable=idist.get_rank() > 0
         ) as bar:
@@ -98,6 +122,7 @@ class EmbeddingDataset(Dataset[Tensor]):
                         self.store.add(key, torch.stack(case.done), positions_of(case.item))
                         bar.update()
         self.store.flush()
+        return [missing[position][0] for position in batches.skipped]
 
     @property
     def volumes(self) -> list[PlacedSlices]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,14 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 from monai.data import DataLoader
+from monai.data import Dataset as MonaiDataset
 from monai.utils import first
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bundle.errors import check
+from bundle.data.cases import check_unchanged
+from bundle.errors import BundleError, check, check_choice, user_error
 from bundle.transforms.slices import slice_spacing
 
 READ_AHEAD = 2  # cases that wait, decoded
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,6 +55,33 @@ class Slice(NamedTuple):
     case: CaseInProgress
 
 
+class Unreadable(NamedTuple):
+    """What stands for a case that cannot be read, since errors do not come whole out of a data loader's processes."""
+
+    reason: str
+
+
+class _Readable(Dataset):
+    """The items of ``dataset``, with :class:`Unreadable` for those whose files are bad, or not what they were."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            item = self.dataset[index]
+            check_unchanged(self.dataset.data[index])
+            return item
+        except Exception as error:
+            cause = user_error(error)
+            if cause is None:
+                raise
+            return Unreadable(str(cause))
+
+
 class SliceBatches:
     """Iterates over batches of slices of a data set; a batch takes from as many cases as fill it.
 
@@ -62,13 +94,23 @@ class SliceBatches:
         prepare: brings slices [1, C, rows, columns] to one size, so that they fit into one batch.
         batch_size: slices in a batch; only the last ones are smaller.
         num_workers: processes that read cases; 0: a thread of this one.
+        on_error: at a case that cannot be read, or has changed since it was checked, ``raise``, or ``skip``: warn of
+            it, count it, and go on.
+
+    Attributes:
+        skipped: positions in the data set of what the last iteration has skipped.
 
     Raises:
-        BundleError: if a number is out of range.
+        BundleError: if a number is out of range; in an iteration, at a case that cannot be read.
     """
 
     def __init__(
-        self, dataset: Dataset, prepare: Callable[[Tensor], Tensor], batch_size: int, num_workers: int = 0
+        self,
+        dataset: MonaiDataset,
+        prepare: Callable[[Tensor], Tensor],
+        batch_size: int,
+        num_workers: int = 0,
+        on_error: str = "raise",
     ) -> None:
         check(batch_size >= 1, "batch_size", batch_size, "give at least 1")
         check(num_workers >= 0, "num_workers", num_workers, "give 0, or a number of processes")
@@ -76,11 +118,17 @@ class SliceBatches:
         self.prepare = prepare
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.skips = check_choice("on_error", on_error, ("raise", "skip")) == "skip"
+        self.skipped: list[int] = []
 
     def __iter__(self) -> Iterator[list[Slice]]:
-        cases = DataLoader(self.dataset, batch_size=1, collate_fn=first, num_workers=self.num_workers)
+        self.skipped = []
+        cases = DataLoader(_Readable(self.dataset), batch_size=1, collate_fn=first, num_workers=self.num_workers)
         waiting: dict[int, list[Slice]] = {}  # by number of channels
         for position, item in enumerate(read_ahead(cases, READ_AHEAD)):
+            if isinstance(item, Unreadable):
+                self._skip(position, item)
+                continue
             images = slices_of(item)
             case = CaseInProgress(item, position, len(images))
             for image in images:
@@ -89,6 +137,14 @@ class SliceBatches:
                 if len(batch) == self.batch_size:
                     yield waiting.pop(len(image))
         yield from waiting.values()
+        if self.skipped:
+            logger.warning(f"skipped {len(self.skipped)} of {len(self.dataset)} images that cannot be read any more")
+
+    def _skip(self, position: int, case: Unreadable) -> None:
+        if not self.skips:
+            raise BundleError(case.reason)
+        logger.warning(f"skipped: {case.reason}")
+        self.skipped.append(position)
 
 
 def slices_of(item: Any) -> list[Tensor]:

@@ -62,7 +62,7 @@ def make_application(
         {"settings": settings, "device": "cpu"},
     )
     study = StudyDetector(detector, settings["slice_range"], settings["min_foreground"], batch_size)
-    with whole_files(output_dir) as folder:
+    with whole_files(output_dir, stale=["application"]) as folder:
         write_model(study, folder / "model.ts", configs)
         copy_application(folder / "application")
     return Path(output_dir) / "application"
