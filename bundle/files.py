@@ -6,13 +6,21 @@ import csv
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from bundle.processes import has_ended, process_name
+
+PARTIAL = ".partial-"  # begins the name of what is being written
+DAY = 24 * 3600.0  # seconds
+_FORMER_PARTIAL = re.compile(r".+\.\d+\.partial|embeddings-\w{8}")  # names of versions before 0.6
 FLAT_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -59,20 +67,53 @@ def _file_digest(path: str, inode: int, size: int, changed: int) -> bytes:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
+def partial_prefix() -> str:
+    """What the name of a file or folder begins with while this process writes it."""
+    return f"{PARTIAL}{process_name()}-"
+
+
+def remove_leftovers(folder: str | os.PathLike) -> int:
+    """Remove what processes that have ended, killed, left half written in ``folder`` and below; links stay as they are.
+
+    What bears no name of a process, as earlier versions wrote it, or that of a process of another machine, is removed
+    when it has not been touched for a day.
+
+    Returns:
+        How many files and folders were removed.
+    """
+    removed = 0
+    for place, folders, files in os.walk(str(folder)):
+        left = [name for name in (*folders, *files) if _is_leftover(Path(place, name))]
+        for name in left:
+            path = Path(place, name)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        removed += len(left)
+        folders[:] = [name for name in folders if name not in left and name != "mlruns"]  # many, and none of ours
+    return removed
+
+
+def _is_leftover(path: Path) -> bool:
+    if not (path.name.startswith(PARTIAL) or _FORMER_PARTIAL.fullmatch(path.name)) or path.is_symlink():
+        return False
+    ended = has_ended("-".join(path.name.removeprefix(PARTIAL).split("-")[:3]))
+    try:
+        return time.time() - path.stat().st_mtime > DAY if ended is None else ended
+    except OSError:  # it has just vanished
+        return False
+
+
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A path to write to: the file appears at ``path`` at once when the block ends well, or not at all.
-
-    The path ends in ``.partial``, so a writer that goes by the suffix must be told the format.
-    """
+    """A path of the same name to write to: the file appears at ``path`` when the block ends well, or not at all."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=partial_prefix()) as workspace:
+        partial = Path(workspace, target.name)
         yield partial
         os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -87,7 +128,7 @@ def whole_files(folder: str | os.PathLike, stale: Iterable[str] = ()) -> Iterato
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as workspace:
+    with tempfile.TemporaryDirectory(dir=target, prefix=partial_prefix()) as workspace:
         fresh, old = Path(workspace, "new"), Path(workspace, "old")
         fresh.mkdir()
         old.mkdir()
