@@ -73,7 +73,7 @@ def bundle_command(log, run_id, config, **knobs):
     """What does in this process what ``python -m monai.bundle run`` does in one of its own."""
 
     def work():
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.chdir(ROOT)
@@ -162,7 +162,7 @@ def run_faults(output):
 
 
 def prepare(place):
-    """Data and undisturbed runs in ``place``; returns the seconds that each command takes."""
+    """Make data in ``place``."""
 
     def make():
         from bundle.samples import make_sample_cohort
@@ -176,15 +176,16 @@ def prepare(place):
 
     if ended(forked(make)):
         raise RuntimeError("no data")
-    seconds = {}
-    for name in dict.fromkeys(COMMANDS):
-        output = place / "whole" / name
-        output.mkdir(parents=True)
-        begin = time.monotonic()
-        if ended(forked(command(name, place, output))):
-            raise RuntimeError(output.with_suffix(".log").read_text())
-        seconds[name] = time.monotonic() - begin
-    return seconds
+
+
+def run_undisturbed(name, place):
+    """Run a command to its end; returns the seconds that it takes."""
+    output = place / "whole" / name
+    output.mkdir(parents=True)
+    begin = time.monotonic()
+    if ended(forked(command(name, place, output))):
+        raise RuntimeError(output.with_suffix(".log").read_text())
+    return time.monotonic() - begin
 
 
 def kill_once(number, name, place, moment, runs_before):
@@ -221,21 +222,26 @@ def main():
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--commands", nargs="+", choices=COMMANDS, default=COMMANDS, help="training is always the first"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no other kill begins")
     chosen = parser.parse_args()
     place = chosen.out.resolve()
     place.mkdir(parents=True)
     warm_up()
     begin = time.monotonic()
-    seconds = prepare(place)
-    print({name: round(one, 1) for name, one in seconds.items()}, flush=True)
+    prepare(place)
+    seconds = {"training": run_undisturbed("training", place)}  # others take its model
     chance = random.Random(chosen.seed)
     done = killed = wrong = 0
     for number in range(chosen.kills):
-        name = COMMANDS[number % len(COMMANDS)]
-        moment = chance.uniform(0, seconds[name])
         if time.monotonic() - begin > chosen.seconds:
             break
+        name = chosen.commands[number % len(chosen.commands)]
+        if name not in seconds:
+            seconds[name] = run_undisturbed(name, place)
+        moment = chance.uniform(0, seconds[name])
         was_killed, found, line = kill_once(number, name, place, moment, runs_before=chance.random() < 0.5)
         done, killed, wrong = done + 1, killed + was_killed, wrong + bool(found)
         print(f"{number} {name} {moment:.2f} s {was_killed} {found or 'as undisturbed'} [{line}]", flush=True)
