@@ -7,7 +7,10 @@ import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,12 +18,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from bundle.errors import BundleError
+from bundle.processes import has_ended, process_name
 
+PARTIAL = ".partial-"  # begins the name of what is being written
+DAY = 24 * 3600.0  # seconds
+_FORMER_PARTIAL = re.compile(r".+\.\d+\.partial|embeddings-\w{8}")  # names of versions before 0.6
 FLAT_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 SUFFIXES = (*NIFTI_SUFFIXES, *FLAT_SUFFIXES, *DICOM_SUFFIXES)
-WORKSPACE = ".partial-"  # what folders begin with in which files wait until all of them are written
 
 Source: TypeAlias = str | os.PathLike | Sequence[str]
 """A file, a folder with one DICOM series, or the files of one."""
@@ -72,7 +78,7 @@ def check_folder(folder: str | os.PathLike) -> None:
         raise BundleError(f"the name of the folder {str(place)!a} is no UTF-8: give another --output_dir")
     while not os.path.lexists(place):
         place = place.parent
-    with writing(Path(folder)), tempfile.TemporaryDirectory(dir=place, prefix=WORKSPACE):
+    with writing(Path(folder)), tempfile.TemporaryDirectory(dir=place, prefix=partial_prefix()):
         pass
 
 
@@ -100,6 +106,44 @@ def _file_digest(path: str, inode: int, size: int, changed: int) -> bytes:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
+def partial_prefix() -> str:
+    """What the name of a file or folder begins with while this process writes it."""
+    return f"{PARTIAL}{process_name()}-"
+
+
+def remove_leftovers(folder: str | os.PathLike) -> int:
+    """Remove what processes that have ended, killed, left half written in ``folder`` and below; links stay as they are.
+
+    What bears no name of a process, as earlier versions wrote it, or that of a process of another machine, is removed
+    when it has not been touched for a day.
+
+    Returns:
+        How many files and folders were removed.
+    """
+    removed = 0
+    for place, folders, files in os.walk(str(folder)):
+        left = [name for name in (*folders, *files) if _is_leftover(Path(place, name))]
+        for name in left:
+            path = Path(place, name)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        removed += len(left)
+        folders[:] = [name for name in folders if name not in left and name != "mlruns"]  # many, and none of ours
+    return removed
+
+
+def _is_leftover(path: Path) -> bool:
+    if not (path.name.startswith(PARTIAL) or _FORMER_PARTIAL.fullmatch(path.name)) or path.is_symlink():
+        return False
+    ended = has_ended("-".join(path.name.removeprefix(PARTIAL).split("-")[:3]))
+    try:
+        return time.time() - path.stat().st_mtime > DAY if ended is None else ended
+    except OSError:  # it has just vanished
+        return False
+
+
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
     """Say in one line why ``place`` cannot be written.
@@ -111,7 +155,7 @@ def writing(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        inner = error.filename and WORKSPACE not in str(error.filename) and Path(str(error.filename)) != place
+        inner = error.filename and PARTIAL not in str(error.filename) and Path(str(error.filename)) != place
         where = f": '{error.filename}'" if inner else ""
         raise BundleError(
             f"cannot write '{place}' ({reason}{where}): free the disk, mend the folder or its rights, or give another"
@@ -120,9 +164,9 @@ def writing(place: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A path to write to: the file appears at ``path`` at once when the block ends well, or not at all.
+    """A path of the same name to write to: the file appears at ``path`` when the block ends well, or not at all.
 
-    The path ends in ``.partial``, so a writer that goes by the suffix must be told the format.
+    A link at ``path`` is replaced, not followed.
 
     Raises:
         BundleError: if the system refuses to write, as with a full disk.
@@ -130,12 +174,10 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     target = Path(path)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=partial_prefix()) as workspace:
+            partial = Path(workspace, target.name)
             yield partial
             os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -155,23 +197,41 @@ def whole_files(folder: str | os.PathLike, stale: Iterable[str] = ()) -> Iterato
     target = Path(folder)
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target, prefix=WORKSPACE) as fresh:
+        with tempfile.TemporaryDirectory(dir=target, prefix=partial_prefix()) as fresh:
             yield Path(fresh)
             written = files_below(Path(fresh))
             for path in written:
+                refuse_links(target, path.parent)
                 (target / path).parent.mkdir(parents=True, exist_ok=True)
-                if (target / path).is_dir():
+                if (target / path).is_dir() and not (target / path).is_symlink():
                     raise IsADirectoryError(errno.EISDIR, "there is a folder of this name", str(target / path))
             for path in written:
                 os.replace(Path(fresh, path), target / path)
         for path in {old for name in stale for old in _files_at(target, name)}.difference(written):
+            refuse_links(target, path.parent)
             (target / path).unlink(missing_ok=True)
             _remove_empty((target / path).parent, target)
 
 
+def refuse_links(root: Path, folder: Path) -> None:
+    """Refuse to write to ``folder``, a path below ``root``, through a link; ``root`` itself may be one.
+
+    Raises:
+        BundleError: with the first link.
+    """
+    place = root
+    for part in folder.parts:
+        place /= part
+        if place.is_symlink():
+            raise BundleError(
+                f"'{place}' is a link to '{os.readlink(place)}', and results are not written through links: remove it, "
+                "or give another --output_dir"
+            )
+
+
 def files_below(folder: Path) -> list[Path]:
     """All files below ``folder``, by their paths below it, in order of name."""
-    return sorted(file.relative_to(folder) for file in folder.rglob("*") if not file.is_dir())
+    return sorted(file.relative_to(folder) for file in folder.rglob("*") if not file.is_dir() or file.is_symlink())
 
 
 def _files_at(folder: Path, name: str) -> list[Path]:

@@ -1,33 +1,64 @@
-"""One MLflow run per command: parameters, metrics, tags and artifacts."""
+"""One MLflow run per command: parameters, metrics, tags and artifacts. Results never wait for it, or depend on it."""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import sys
-import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ignite.distributed as idist
+from ignite.engine import Engine, Events
+
+from bundle.errors import check
+from bundle.locks import holds_lock
+from bundle.mlflow_database import PREFIX, artifact_location, database_file, ready_database
+from bundle.processes import has_ended, process_name
 
 EXPERIMENT = "dinov3_spatial_ar"
 MAX_PARAMETER_LENGTH = 500  # older MLflow servers refuse longer ones
+AT_ONCE = 100  # parameters that MLflow takes
+PATIENCE = 10  # after a failure nothing is sent for so many times as long as it took
+PROCESS, FOLDER = "bundle.process", "bundle.output_dir"  # tags by which a later command knows whose run it is
+
+logger = logging.getLogger(__name__)
 
 
 def database(folder: str | os.PathLike) -> str:
     """The URI of an MLflow database in ``folder``; its artifacts lie beside it."""
-    return f"sqlite:///{Path(folder).resolve()}/mlflow.db"
+    return f"{PREFIX}{Path(folder).resolve()}/mlflow.db"
+
+
+class Entry(NamedTuple):
+    """Something that MLflow is to be told.
+
+    Attributes:
+        kind: in words, in the plural.
+        send: to be called with an ``MlflowClient`` and the id of the run; twice does no harm.
+    """
+
+    kind: str
+    send: Callable[[Any, str], Any]
 
 
 class Tracker:
-    """Opens an MLflow run of its own, gives MONAI's handlers that write into it, and closes it with the command.
+    """Opens an MLflow run of its own, tells it what the command finds, and closes it with the command.
 
-    Nothing is written before the first use. ``MLFLOW_TRACKING_URI`` in the environment
-    wins over ``uri``. The run ends as FINISHED by :meth:`finish`; a command that fails or is interrupted leaves FAILED.
+    What is told waits in order until MLflow has it. If MLflow fails, or takes longer than ``timeout`` for one entry,
+    the command goes on, and a warning says so; later entries try again, the sooner the faster the failure was. At the
+    end a warning says what MLflow does not have. No error of MLflow ends a command.
+
+    Nothing is written before the first use. ``MLFLOW_TRACKING_URI`` in the environment wins over ``uri``. The run ends
+    as FINISHED by :meth:`finish`; a command that fails or is interrupted leaves FAILED; runs of commands that were
+    killed are marked as KILLED by the next command.
 
     Args:
         uri: of the tracking server or database, for instance ``sqlite:////abs/mlflow.db``; ``off`` or None for none.
@@ -36,6 +67,12 @@ class Tracker:
         config: resolved items by id; those that are plain values become the parameters of the run.
         settings: of the model; parameters, too.
         config_dir: whose JSON files are kept with the run.
+        output_dir: where the command writes.
+        timeout: seconds that a server may take for one entry, such as a file; a database in a file has no limit. The
+            variables of MLflow for HTTP requests win.
+
+    Raises:
+        BundleError: if the timeout is not positive.
     """
 
     def __init__(
@@ -46,52 +83,74 @@ class Tracker:
         config: Mapping[str, Any] | None = None,
         config_dir: str | os.PathLike | None = None,
         settings: Mapping[str, Any] | None = None,
+        output_dir: str | os.PathLike = ".",
+        timeout: float = 5.0,
     ) -> None:
-        self.uri = None if uri == "off" or idist.get_rank() > 0 else uri  # one run for all processes
+        check(timeout > 0, "tracking_timeout", timeout, "give seconds, such as 5; --tracking_uri off tracks nothing")
+        is_off = uri in (None, "off") or idist.get_rank() > 0  # one run for all processes
+        self.uri = None if is_off else os.environ.get("MLFLOW_TRACKING_URI") or uri
         self.run_name = f"{command} {time.strftime('%Y-%m-%d %H:%M:%S')} {uuid.uuid4().hex[:6]}"
         self.tags = dict(tags)
         self.config = {} if config is None else config
         self.settings = {} if settings is None else dict(settings)
         self.config_files = sorted(Path(config_dir).glob("*.json")) if config_dir else []
-        self._main: Any = None  # a MONAI MLFlowHandler, whose run is open
+        self.output_dir = Path(output_dir).resolve()
+        self.timeout = timeout
+        self._client: Any = None
+        self._run = ""  # id
+        self._given: set[str] = set()  # names of parameters
+        self._begin = int(time.time() * 1000)
+        self._is_open = False
+        self._waiting: deque[Entry] = deque()
+        self._refused: list[Entry] = []
+        self._reason = ""  # of the last failure
+        self._tries = 0
+        self._not_before = -math.inf  # time of the next try
+        self._sender: threading.Thread | None = None
+        self._heartbeat = 0.0  # time of its last success
+        self._outcome = ""  # of its last try
 
-    def handler(self, **options: Any) -> Any:
-        """A MONAI ``MLFlowHandler`` that logs epochs of an engine into this run, or one that does nothing.
-
-        Args:
-            options: of ``MLFlowHandler``.
-        """
-        if self.uri is None:
-            return _Silent()
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves the machine
-        from monai.handlers import MLFlowHandler  # slow to import, with all of MLflow
-
-        if self.uri.startswith("sqlite:///") and not os.environ.get("MLFLOW_TRACKING_URI"):
-            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        return MLFlowHandler(
-            self.uri, iteration_log=False, experiment_name=EXPERIMENT, run_name=self.run_name, **options
-        )
-
-    @property
-    def _run(self) -> Any:
-        if self._main is None and self.uri is not None:
-            self._main = self.handler()
-            self._main._set_experiment()
-            self._main.cur_run = self._main.client.create_run(
-                self._main.experiment.experiment_id, run_name=self.run_name, tags={**self.tags, "mlflow.user": "bundle"}
-            )
-            sys.excepthook = _ending(self, sys.excepthook)
-        return self._main
+    def handler(self) -> EpochLogger:
+        """What logs the epochs of an engine into this run."""
+        return EpochLogger(self)
 
     def start(self) -> None:
         """Open the run."""
-        _ = self._run
+        if self.uri is not None and not self._is_open:
+            self._is_open = True
+            sys.excepthook = _ending(self, sys.excepthook)
+            self._send()
 
-    def tag(self, tags: Mapping[str, Any]) -> None:
-        """Add tags."""
-        if run := self._run:
-            for key, value in tags.items():
-                run.client.set_tag(run.cur_run.info.run_id, key, str(value))
+    def parameters(self, values: Mapping[str, Any]) -> None:
+        """Add parameters; the first value of a name stays."""
+        if self.uri is None:
+            return
+        from mlflow.entities import Param  # slow to import, with all of MLflow
+
+        new = {key: str(value)[:MAX_PARAMETER_LENGTH] for key, value in values.items() if key not in self._given}
+        self._given |= new.keys()
+        params = [Param(key, value) for key, value in new.items()]
+        for start in range(0, len(params), AT_ONCE):
+            self._tell(Entry("parameters", _call("log_batch", params=params[start : start + AT_ONCE])))
+        self._send()
+
+    def metrics(self, values: Mapping[str, Any], step: int = 0) -> None:
+        """Add numbers; what is no number is left out.
+
+        Args:
+            values: by name.
+            step: such as the epoch.
+        """
+        if self.uri is None:
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        numbers = {key: float(value) for key, value in values.items() if _is_number(value)}
+        metrics = [Metric(key, value, now, step) for key, value in numbers.items()]
+        if metrics:
+            self._tell(Entry("metrics", _call("log_batch", metrics=metrics)))
+            self._send()
 
     def log(self, metrics: Mapping[str, Any], files: Mapping[str, Iterable[str | os.PathLike]]) -> None:
         """Log numbers (None is left out) and files.
@@ -100,37 +159,205 @@ class Tracker:
             metrics: by name.
             files: paths by the folder of the run that they belong to.
         """
-        if run := self._run:
-            run._log_metrics({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
-            for folder, paths in files.items():
-                for file in paths:
-                    run.client.log_artifact(run.cur_run.info.run_id, str(file), folder)
+        if self.uri is None:
+            return
+        self.start()
+        self.metrics(metrics)
+        for folder, paths in files.items():
+            for file in paths:
+                self._tell(Entry("files", _call("log_artifact", str(file), folder)))
+        self._send()
 
     def finish(self) -> None:
-        """Log the resolved config, as parameters and as a file, and close the run."""
-        if run := self._run:
-            config = {key: value for key, value in sorted({**self.config, **self.settings}.items()) if _is_plain(value)}
-            parameters = {key.replace("::", "."): str(value)[:MAX_PARAMETER_LENGTH] for key, value in config.items()}
-            run._delete_exist_param_in_dict(parameters)
-            for start in range(0, len(parameters), 100):  # MLflow takes 100 at once
-                run._log_params(dict(list(parameters.items())[start : start + 100]))
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "resolved_config.json"
-                file.write_text(json.dumps(config, indent=1))
-                run.client.log_artifact(run.cur_run.info.run_id, str(file), "configs")
-            self.log({}, {"configs": self.config_files})
-            run.close()
+        """Log the resolved config, as parameters and as a file, close the run, and warn of what is missing there."""
+        if self.uri is None:
+            return
+        self.start()
+        config = {key: value for key, value in sorted({**self.config, **self.settings}.items()) if _is_plain(value)}
+        self.parameters({key.replace("::", "."): value for key, value in config.items()})
+        self._tell(Entry("files", _call("log_text", json.dumps(config, indent=1), "configs/resolved_config.json")))
+        self.log({}, {"configs": self.config_files})
+        self._end("FINISHED")
+        missing = Counter(entry.kind for entry in (*self._refused, *self._waiting))
+        if missing:
+            words = ", ".join(f"{count} of {kind}" for kind, count in missing.items())
+            logger.warning(
+                f"MLflow at '{self.uri}' does not have all of this command ({self._reason}): missing are {words}; "
+                "results are not concerned"
+            )
 
     def fail(self) -> None:
-        """Close the run as FAILED."""
-        if self._main is not None and self._main.cur_run is not None:
-            self._main.run_finish_status = "FAILED"
-            self._main.close()
+        """Close the run as FAILED, if it is open."""
+        if self._is_open:
+            self._end("FAILED")
+
+    def _end(self, status: str) -> None:
+        self._tell(Entry("ends of runs", _call("set_terminated", status)))
+        self._not_before = -math.inf
+        self._send()
+        self._is_open = False
+
+    def _tell(self, entry: Entry) -> None:
+        if self.uri is not None:
+            self._waiting.append(entry)
+
+    def _send(self) -> None:
+        """Try to send what waits, unless MLflow has just failed."""
+        if self.uri is None or time.monotonic() < self._not_before:
+            return
+        begin = time.monotonic()
+        failure = self._try()
+        while self._waiting and not failure:  # told after an earlier try had done its last entry
+            failure = self._try()
+        if failure:
+            if not self._reason:
+                logger.warning(f"MLflow at '{self.uri}' fails ({failure}): the command goes on, and tries again later")
+            self._reason = failure
+            self._not_before = time.monotonic() + max(1.0, PATIENCE * (time.monotonic() - begin))
+
+    def _try(self) -> str:
+        """Send what waits; returns why that failed, or nothing."""
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves the machine
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(math.ceil(self.timeout)))
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # we try again ourselves
+        import mlflow.tracking  # noqa: F401  # before the clock runs
+
+        for name in ("mlflow", "alembic", "urllib3"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # they show traces of what we tell in a line
+        if str(self.uri).startswith(PREFIX):
+            return self._send_all()
+        return self._send_in_time()
+
+    def _send_in_time(self) -> str:
+        """:meth:`_send_all` by a thread that is left alone when an entry takes longer than it may."""
+
+        def send() -> None:
+            self._outcome = self._send_all()
+
+        begin = time.monotonic()
+        if self._sender is None or not self._sender.is_alive():
+            self._sender = threading.Thread(target=send, daemon=True)
+            self._sender.start()
+        while self._sender.is_alive():
+            left = max(begin, self._heartbeat) + self.timeout - time.monotonic()
+            if left <= 0:
+                return f"no answer in {self.timeout:g} s, which tracking_timeout sets"
+            self._sender.join(left)
+        return self._outcome
+
+    def _send_all(self) -> str:
+        """Send what waits, in order, and leave out what MLflow refuses; returns why it stopped, or nothing.
+
+        Where files cannot be sent, numbers may: they go to another server.
+        """
+        failed: dict[str, str] = {}
+        try:
+            if not self._run:
+                self._run = self._opened()
+                self._heartbeat = time.monotonic()
+            for entry in list(self._waiting):
+                if entry.kind in failed:
+                    continue
+                try:
+                    entry.send(self._client, self._run)
+                except Exception as error:
+                    if not _is_refusal(error):
+                        failed[entry.kind] = _words(error)
+                        if len(failed) > 1:
+                            break
+                        continue
+                    self._reason = _words(error)
+                    self._refused.append(entry)
+                self._waiting.remove(entry)
+                self._heartbeat = time.monotonic()
+        except Exception as error:
+            return _words(error)
+        return next(iter(failed.values()), "")
+
+    def _opened(self) -> str:
+        """The id of the run, which is made unless an earlier try has made it."""
+        from mlflow import MlflowClient
+        from mlflow.entities import ViewType
+
+        file = database_file(str(self.uri))
+        if self._client is None:
+            if file is not None:
+                ready_database(file, EXPERIMENT)
+            self._client = MlflowClient(self.uri)
+        experiment = self._client.get_experiment_by_name(EXPERIMENT)
+        if experiment is not None:
+            number = experiment.experiment_id
+        else:
+            number = self._client.create_experiment(EXPERIMENT, artifact_location(file) if file else None)
+        self._tries += 1
+        if self._tries > 1:
+            mine = f"attributes.run_name = '{self.run_name}'"
+            for run in self._client.search_runs([number], mine, ViewType.ACTIVE_ONLY):
+                return str(run.info.run_id)
+        self._close_killed(number)
+        tags = {**self.tags, "mlflow.user": "bundle", PROCESS: process_name(), FOLDER: str(self.output_dir)}
+        return str(self._client.create_run(number, self._begin, tags, self.run_name).info.run_id)
+
+    def _close_killed(self, experiment: str) -> None:
+        """Mark runs as KILLED whose process has ended without a word."""
+        ours = self.uri == database(self.output_dir) and holds_lock(self.output_dir)
+        for run in self._client.search_runs([experiment], "attributes.status = 'RUNNING'"):
+            tags = run.data.tags
+            if has_ended(tags.get(PROCESS, "")) or (ours and tags.get(FOLDER) == str(self.output_dir)):
+                self._client.set_terminated(run.info.run_id, "KILLED")
 
 
-def epoch_logger(tracker: Tracker) -> Any:
+class EpochLogger:
+    """A handler by which an engine logs the metrics of its epochs into the run of ``tracker``.
+
+    Args:
+        tracker: of the command.
+    """
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the engine, if anything is tracked."""
+        if self.tracker.uri is not None:
+            engine.add_event_handler(Events.STARTED, self.note_length)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.note_metrics)
+
+    def note_length(self, engine: Engine) -> None:
+        """Log how long the engine is to run."""
+        self.tracker.start()
+        self.tracker.parameters({name: getattr(engine.state, name) for name in ("max_epochs", "epoch_length")})
+
+    def note_metrics(self, engine: Engine) -> None:
+        """Log the metrics of the epoch."""
+        self.tracker.metrics(engine.state.metrics, engine.state.epoch)
+
+
+def epoch_logger(tracker: Tracker) -> EpochLogger:
     """The handler by which an engine logs the metrics of its epochs into the run of ``tracker``."""
     return tracker.handler()
+
+
+def _call(method: str, *arguments: Any, **options: Any) -> Callable[[Any, str], Any]:
+    """A call of a method of an ``MlflowClient`` with the id of a run."""
+    return lambda client, run: getattr(client, method)(run, *arguments, **options)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether MLflow will never take the entry, whenever it is sent; other errors are those of the way to it."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    if isinstance(error, MlflowException):
+        return 400 <= error.get_http_status_code() < 500 and error.get_http_status_code() not in (408, 429)
+    return isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError, RequestException))
+
+
+def _words(error: Exception) -> str:
+    """An error in a line that is not too long."""
+    lines = str(error).strip().splitlines() or [""]
+    text = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _ending(tracker: Tracker, show: Any) -> Any:
@@ -143,14 +370,11 @@ def _ending(tracker: Tracker, show: Any) -> Any:
     return hook
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-class _Silent:
-    """A handler of no engine's events."""
-
-    def attach(self, engine: Any) -> None:
-        """Do nothing."""

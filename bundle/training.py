@@ -291,6 +291,7 @@ class TrainingState:
         patience: in epochs; 0: train to the last one.
         settings: plain JSON values; what must be equal for a state to be used.
         seed: of the training.
+        restart: begin anew, and remove the file of an interrupted training.
 
     Raises:
         BundleError: if no epoch would be validated, or the patience is negative.
@@ -309,6 +310,7 @@ class TrainingState:
         val_interval: int = 1,
         patience: int = 6,
         seed: int = 0,
+        restart: bool = False,
     ) -> None:
         if max_epochs < 1:
             raise BundleError(f"max_epochs is {max_epochs}: give at least 1, try 12")
@@ -329,6 +331,7 @@ class TrainingState:
         self.written_under = json.dumps([STATE_FORMAT, max_epochs, val_interval, settings], sort_keys=True, default=str)
         self.fingerprint = ""
         self.seed = seed
+        self.restart = restart
         self.best_loss, self.best_epoch, self.validated_epoch = math.inf, 0, 0
         self.best_density: dict[str, Tensor] = {}
 
@@ -358,6 +361,9 @@ class TrainingState:
         """Go on from the file, if it is there and fits.
 
         Where the trainer runs again, nothing is resumed: the best epoch is sought anew, and the schedule starts again.
+
+        Raises:
+            BundleError: if the file is damaged, or of something else.
         """
         if engine.state.epoch > 0:
             self.best_loss, self.best_epoch = math.inf, engine.state.epoch
@@ -368,20 +374,30 @@ class TrainingState:
         # weights that came from elsewhere are no beginning of this training
         begin = weights_id(self.detector.density.contexts)
         self.fingerprint = hashlib.sha256(f"{self.written_under} {begin}".encode()).hexdigest()
+        if self.restart:
+            self.discard()
+            return
         if not self.path.is_file():
             return
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
-        if state["fingerprint"] != self.fingerprint:
-            logger.warning(f"'{self.path}' belongs to a training with other settings or data: starting over")
-            return
-        self.detector.density.load_state_dict(state["density"])
-        self.ema.ema_model.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.best_density, self.best_loss, self.best_epoch, self.validated_epoch = (
-            state[key] for key in ("best_density", "best_loss", "best_epoch", "validated_epoch")
-        )
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            if state["fingerprint"] != self.fingerprint:
+                logger.warning(f"'{self.path}' belongs to a training with other settings or data: starting over")
+                return
+            epoch = int(state["epoch"])
+            self.detector.density.load_state_dict(state["density"])
+            self.ema.ema_model.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.best_density, self.best_loss, self.best_epoch, self.validated_epoch = (
+                state[key] for key in ("best_density", "best_loss", "best_epoch", "validated_epoch")
+            )
+        except Exception as error:  # whatever may be in the file
+            raise BundleError(
+                f"'{self.path}' is damaged, or no state of an interrupted training ({type(error).__name__}): give "
+                "--restart true to begin the training anew"
+            ) from error
         progress: Any = engine.state
-        progress.epoch = progress.max_epochs if self._is_over() else min(state["epoch"], progress.max_epochs)
+        progress.epoch = progress.max_epochs if self._is_over() else min(epoch, progress.max_epochs)
         progress.iteration = progress.epoch * progress.epoch_length
         self.scheduler.last_epoch = progress.iteration  # its word for steps; the rate follows from it alone
         logger.info(f"resuming after epoch {progress.epoch} from '{self.path}'")

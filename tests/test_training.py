@@ -144,7 +144,7 @@ def test_a_momentum_out_of_range_is_refused(momentum):
         MovingAverage(nn.Linear(1, 1), momentum)
 
 
-def trained_epochs(detector, path, losses, patience, val_interval=1):
+def trained_epochs(detector, path, losses, patience, val_interval=1, restart=False):
     """How many epochs a training takes whose healthy validation losses are ``losses``, and which one it keeps."""
     optimizer = torch.optim.AdamW(detector.density.parameters())
     validator = SimpleNamespace(state=SimpleNamespace(metrics={}, epoch=0))
@@ -160,7 +160,7 @@ def trained_epochs(detector, path, losses, patience, val_interval=1):
         average.ema_model.load_state_dict(detector.density.state_dict())
 
     schedule = learning_rate_schedule(optimizer, "constant", 1)
-    epochs = {"max_epochs": len(losses), "val_interval": val_interval, "patience": patience}
+    epochs = {"max_epochs": len(losses), "val_interval": val_interval, "patience": patience, "restart": restart}
     TrainingState(path, detector, optimizer, schedule, average, validator, {}, **epochs).attach(engine)
     engine.run([0], max_epochs=len(losses))
     return engine.state.epoch, float(detector.density.contexts[0].predict.bias[0])
@@ -179,6 +179,52 @@ def test_a_training_that_begins_with_other_weights_goes_on_from_no_state(detecto
     nn.init.constant_(detector.density.contexts[0].predict.bias, -7.0)
     assert trained_epochs(detector, tmp_path / "state.pt", [0.1] * 6, 2)[1] == 1.0
     assert "starting over" in caplog.text
+
+
+def _empty(path):
+    path.write_bytes(b"")
+
+
+def _truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _foreign(path):
+    torch.save({"model": torch.zeros(1)}, path)
+
+
+def _list(path):
+    torch.save([1, 2], path)
+
+
+def _pickle(path):
+    torch.save({"fingerprint": Engine}, path)
+
+
+def _other_shapes(path):
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"density": {key: torch.zeros(3, 2) for key in state["density"]}}, path)
+
+
+@pytest.mark.parametrize("damage", [_empty, _truncated, _foreign, _list, _pickle, _other_shapes])
+def test_a_damaged_state_is_one_line_and_restart_begins_anew(detector, tmp_path, damage):
+    path = tmp_path / "training_state.pt"
+    begin = deepcopy(detector.density.state_dict())
+    trained_epochs(detector, path, [3.0, 2.0, 1.0], 0)
+    damage(path)
+    detector.density.load_state_dict(begin)
+    with pytest.raises(BundleError, match=r"is damaged, or no state .*\): give --restart true") as refused:
+        trained_epochs(detector, path, [3.0, 2.0, 1.0], 0)
+    assert "\n" not in str(refused.value)
+    detector.density.load_state_dict(begin)
+    assert trained_epochs(detector, path, [3.0, 2.0, 2.5], 0, restart=True) == (3, 2.0)
+
+
+def test_restart_does_not_go_on_from_a_whole_state(detector, tmp_path):
+    begin = deepcopy(detector.density.state_dict())
+    assert trained_epochs(detector, tmp_path / "state.pt", [0.1, 2.0, 2.0], 0)[1] == 1.0
+    detector.density.load_state_dict(begin)
+    assert trained_epochs(detector, tmp_path / "state.pt", [3.0, 2.0, 1.0], 0, restart=True)[1] == 3.0
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(0, 7), (2, 5), (5, 7)])

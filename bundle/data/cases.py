@@ -32,8 +32,8 @@ from bundle.errors import BundleError, check_choice, user_error
 from bundle.files import (
     FLAT_SUFFIXES,
     NIFTI_SUFFIXES,
+    PARTIAL,
     SUFFIXES,
-    WORKSPACE,
     Source,
     content_key,
     files_of,
@@ -586,7 +586,7 @@ def _images_below(folder: Path, passed_over: Container[str] = ()) -> Iterator[_I
     others, dicom = [], []
     for directory, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(
-            name for name in subfolders if name.lower() not in _MASK_FOLDERS and not name.startswith(WORKSPACE)
+            name for name in subfolders if name.lower() not in _MASK_FOLDERS and not name.startswith(PARTIAL)
         )
         real = os.path.realpath(directory)
         own, emptied = [], []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bundle import __version__
 from bundle.errors import BundleError, check_choice
-from bundle.files import whole_file, write_json
+from bundle.files import partial_prefix, whole_file, write_json
 
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SHARD_BYTES = 2**24  # what waits in memory and what an interruption loses at most; a file that opens fast
@@ -193,7 +193,7 @@ class EmbeddingStore:
         if not self.kept:
             self._directory.mkdir(parents=True, exist_ok=True)
             if idist.get_rank() == 0:
-                self._temporary = tempfile.TemporaryDirectory(dir=self._directory, prefix="embeddings-")
+                self._temporary = tempfile.TemporaryDirectory(dir=self._directory, prefix=partial_prefix())
             name = self._temporary.name if self._temporary else ""
             self._directory = Path(str(idist.broadcast(name, src=0)) if idist.get_world_size() > 1 else name)
         self.refresh()

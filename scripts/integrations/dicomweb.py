@@ -25,6 +25,7 @@ from pydicom import Dataset, dcmread
 
 from bundle.dicom.series import PRODUCT
 from bundle.errors import BundleError
+from bundle.files import partial_prefix
 
 MODALITIES = ("MR", "CT")
 TIMEOUT = 300.0
@@ -172,7 +173,7 @@ def store(client: DICOMwebClient, study: str, results: Path) -> int:
 def keep(results: Path, target: Path) -> None:
     """Move ``results`` to ``target``, at once, in the place of earlier ones."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as workspace:
+    with tempfile.TemporaryDirectory(prefix=partial_prefix(), dir=target.parent) as workspace:
         shutil.copytree(results, Path(workspace, "fresh"))
         if target.exists():
             target.rename(Path(workspace, "replaced"))
