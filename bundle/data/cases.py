@@ -115,7 +115,7 @@ def add_keys(cases: list[Case]) -> None:
     mine = {
         index: content_key(unknown[index]["image"])
         for index in shard(range(len(unknown)))
-        if all(file.exists() for file in files_of(unknown[index]["image"]))
+        if all(file.is_file() for file in files_of(unknown[index]["image"]))
     }
     for share in gather(mine):
         for index, key in share.items():
@@ -250,7 +250,7 @@ def _patient(case: Case) -> str | None:
         return str(case["patient"])
     source = case["image"]
     flat_or_nifti = isinstance(source, str) and source.lower().endswith((*FLAT_SUFFIXES, *NIFTI_SUFFIXES))
-    for file in () if flat_or_nifti else filter(Path.exists, files_of(source)):
+    for file in () if flat_or_nifti else filter(Path.is_file, files_of(source)):
         if is_dicom_file(file):
             return patient_of(file)
     subject = _BIDS_SUBJECT.search(Path(case["name"]).as_posix())
