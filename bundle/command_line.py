@@ -19,7 +19,7 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 from monai.bundle.scripts import run
 
-from bundle.errors import BundleError, did_you_mean, user_error
+from bundle.errors import BundleError, did_you_mean, shown, user_error
 from bundle.knobs import SYNTAX, Knob, is_used, knob_of, reached, read_text, typed
 from bundle.model import known_settings
 
@@ -223,10 +223,29 @@ def read_config(files: Any) -> dict[str, Any]:
 
     Args:
         files: a path, a list of them, or the text of a list as Fire takes it.
+
+    Raises:
+        BundleError: if they are no configs.
     """
-    parser = ConfigParser(ConfigParser.load_config_files(DefaultParseValue(files) if isinstance(files, str) else files))
-    parser.resolve_macro_and_relative_ids()
+    parser = ConfigParser(_loaded(DefaultParseValue(files) if isinstance(files, str) else files))
+    try:
+        parser.resolve_macro_and_relative_ids()
+    except Exception as error:  # macros may name whatever files and items they like
+        raise _no_config(files, error) from error
     return dict(parser.get())
+
+
+def _loaded(files: Any) -> dict[str, Any]:
+    """The content of config files, with macros as they stand."""
+    try:
+        return dict(ConfigParser.load_config_files(files))
+    except Exception as error:  # of the parsers of JSON and YAML, and of MONAI where a file holds no items
+        raise _no_config(files, error) from error
+
+
+def _no_config(files: Any, error: Exception) -> BundleError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return BundleError(f"cannot read config {shown(files)} ({reason}): give a JSON or YAML file with items by name")
 
 
 def _check_command(name: str, parser: ConfigParser) -> None:

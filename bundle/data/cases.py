@@ -116,8 +116,10 @@ def add_keys(cases: list[Case]) -> None:
     note_states(unknown)
     mine: dict[int, str] = {}
     for index in shard(range(len(unknown))):
-        with suppress(OSError):  # a file that is missing, or vanishes now: whoever reads it names it
-            mine[index] = content_key(unknown[index]["image"])
+        # one that is missing or no regular file, or vanishes now: whoever reads it names it
+        with suppress(OSError):
+            if all(file.is_file() for file in files_of(unknown[index]["image"])):
+                mine[index] = content_key(unknown[index]["image"])
     for share in gather(mine):
         for index, key in share.items():
             unknown[index]["key"] = key
@@ -295,7 +297,7 @@ def _patient(case: Case) -> str | None:
         return str(case["patient"])
     source = case["image"]
     flat_or_nifti = isinstance(source, str) and source.lower().endswith((*FLAT_SUFFIXES, *NIFTI_SUFFIXES))
-    for file in () if flat_or_nifti else filter(Path.exists, files_of(source)):
+    for file in () if flat_or_nifti else filter(Path.is_file, files_of(source)):
         if is_dicom_file(file):
             return patient_of(file)
     subject = _BIDS_SUBJECT.search(Path(case["name"]).as_posix())

@@ -2,13 +2,16 @@
 
 A series is an ordered volume only if its slices have one size, spacing and orientation and stand in line at equal
 distances: anything else is refused, for a wrong geometry would not be seen in the result. Slices of a series and frames
-of a multi-frame image pass the same checks. Pixels are decoded by pydicom's plugins.
+of a multi-frame image pass the same checks. Pixels are decoded by pydicom's plugins, if what the header claims fits the
+file: see :mod:`bundle.limits` and :mod:`bundle.dicom.decoding`.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -16,9 +19,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import pydicom.config
 from pydicom import Dataset, FileDataset, dcmread
-from pydicom.uid import UID
+from pydicom.filereader import _read_file_meta_info, read_preamble
+from pydicom.pixels.utils import get_expected_length
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
+from bundle.dicom.decoding import decompress, is_compressed
 from bundle.errors import BundleError
+from bundle.limits import INFLATED, MAX_VOXELS, RATIO, check_claim, check_regular, check_size
 
 if TYPE_CHECKING:  # it needs pydicom 3; headers can be read and checked without it
     import highdicom as hd
@@ -42,6 +49,7 @@ _HEADER = [
 _DERIVED_MODALITIES = ("SEG", "RTDOSE")
 _PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
 _FIRST_OF_PIXELS = 0x7FE00008  # tag
+_STEP = 2**20  # bytes
 _PIXELS: dict[str, Any] = {"dtype": np.float32, "apply_real_world_transform": False}
 
 # what these say of a file holds values of its header, which may be the patient's; errors come as one line from here
@@ -153,7 +161,7 @@ def group_series(files: Iterable[Path]) -> list[Series]:
     groups: dict[Any, Series] = {}
     for file in files:
         try:
-            header = dcmread(file, stop_before_pixels=True, specific_tags=_HEADER)
+            header = _dataset_of(file, stop_before_pixels=True, specific_tags=_HEADER)
             alone = "Rows" not in header or _is_multi_frame(header) or not header.get("SeriesInstanceUID")
             key: Any = file if alone else (str(header.SeriesInstanceUID), _is_localizer(header))
             kind = "localizer" if _is_localizer(header) else "series"
@@ -167,7 +175,7 @@ def group_series(files: Iterable[Path]) -> list[Series]:
 def patient_of(file: Path) -> str | None:
     """The identity of the patient, to keep a patient's images in one split; never to be shown. None if unknown."""
     try:
-        header = dcmread(file, stop_before_pixels=True, specific_tags=["PatientID", "StudyInstanceUID"])
+        header = _dataset_of(file, stop_before_pixels=True, specific_tags=["PatientID", "StudyInstanceUID"])
         return str(header.get("PatientID") or header.get("StudyInstanceUID") or "") or None
     except Exception:  # as above
         return None
@@ -194,7 +202,7 @@ def read_headers(files: Sequence[Path]) -> list[Dataset]:
     return [datasets[index] for index in _stack(datasets).order]
 
 
-def read_volume(files: Sequence[Path]) -> DicomVolume:
+def read_volume(files: Sequence[Path], max_voxels: int = MAX_VOXELS) -> DicomVolume:
     """The volume of one series, or of one image.
 
     Slices are ordered along the normal of their plane (right-handed: columns, rows, slices). An image without a
@@ -203,6 +211,7 @@ def read_volume(files: Sequence[Path]) -> DicomVolume:
 
     Args:
         files: one series as :func:`group_series` gives it.
+        max_voxels: largest number of voxels; each channel counts.
 
     Raises:
         BundleError: one line with the file and the reason.
@@ -210,6 +219,7 @@ def read_volume(files: Sequence[Path]) -> DicomVolume:
     datasets = [_read(Path(file)) for file in files]
     if not datasets:
         raise BundleError("a DICOM series has no file: give a folder with a series")
+    _check_pixels(datasets, max_voxels)
     headers = [_header_of(dataset) for dataset in datasets]  # decoding changes datasets
     first = headers[0]
     modality = _modality(first)
@@ -270,7 +280,7 @@ def _read(file: Path, stop_before_pixels: bool = False) -> FileDataset:
         BundleError: if it is truncated or damaged.
     """
     try:
-        dataset = dcmread(file, stop_before_pixels=stop_before_pixels)
+        dataset = _dataset_of(file, stop_before_pixels=stop_before_pixels)
         name = UID(str(dataset.get("SOPClassUID", ""))).name or "unknown class"
         modality = str(dataset.get("Modality") or "?")
         localizer = _is_localizer(dataset)
@@ -281,6 +291,8 @@ def _read(file: Path, stop_before_pixels: bool = False) -> FileDataset:
             or dataset.get("ManufacturerModelName") == PRODUCT
         )
         _frames(dataset)
+    except BundleError:
+        raise
     except Exception as error:
         raise _unreadable(file, error) from error
     if "Rows" not in dataset and "Image Storage" in name:
@@ -296,6 +308,48 @@ def _read(file: Path, stop_before_pixels: bool = False) -> FileDataset:
     if not stop_before_pixels and not any(keyword in dataset for keyword in pixels):
         raise _without_pixels(file)
     return dataset
+
+
+def _dataset_of(file: Path, **options: Any) -> FileDataset:
+    """What :func:`pydicom.dcmread` gives, which inflates a deflated file as a whole and in memory.
+
+    Raises:
+        BundleError: if it is no regular file, or would become too large.
+    """
+    check_regular(file)
+    if os.path.getsize(file) * RATIO > INFLATED:
+        _check_deflated(file)
+    return dcmread(file, **options)
+
+
+def _check_deflated(file: Path) -> None:
+    """Inflate a file in steps, if it is deflated, and keep nothing."""
+    inflater, inflated = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    with open(file, "rb") as stream:
+        read_preamble(stream, False)
+        if _read_file_meta_info(stream).get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+            return
+        while rest := inflater.unconsumed_tail or stream.read(_STEP):
+            inflated += len(inflater.decompress(rest, _STEP))
+            if inflated > INFLATED:
+                raise BundleError(
+                    f"'{file}' inflates to more than {INFLATED} bytes: store it without deflating, or skip such files "
+                    "with --on_error skip"
+                )
+
+
+def _check_pixels(datasets: Sequence[Dataset], max_voxels: int) -> None:
+    """Refuse a series that has too many voxels, or claims more pixels than its files can hold.
+
+    Raises:
+        BundleError: with the file and the sizes.
+    """
+    frames = [max(1, _frames(dataset)) for dataset in datasets]
+    for dataset in datasets:
+        claimed = _reading(dataset, get_expected_length)
+        check_claim(dataset.filename, claimed, os.path.getsize(dataset.filename), packed=_is_packed(dataset))
+    largest = max(datasets, key=lambda dataset: dataset.Rows * dataset.Columns)
+    check_size(_place(datasets), (largest.Columns, largest.Rows, sum(frames)), max_voxels, _channels(largest))
 
 
 def _stack(datasets: Sequence[Dataset]) -> _Stack:
@@ -417,6 +471,8 @@ def _frames_of(dataset: Dataset) -> np.ndarray:
     import highdicom as hd
 
     def decode(image: Dataset) -> np.ndarray:
+        if is_compressed(image):
+            decompress(image, get_expected_length(image))
         if _is_multi_frame(image) or not _have_positions([image]) or not image.get("FrameOfReferenceUID"):
             values = hd.Image.from_dataset(image, copy=False).get_frames(**_PIXELS)
         else:  # the same, and ten times as fast for single frames
@@ -494,6 +550,17 @@ def _sides(plane: _Plane) -> str:
 
 def _frames(dataset: Dataset) -> int:
     return int(dataset.get("NumberOfFrames") or 1)
+
+
+def _channels(dataset: Dataset) -> int:
+    """Of a decoded pixel."""
+    return 3 if dataset.SamplesPerPixel > 1 or "PALETTE" in dataset.PhotometricInterpretation else 1
+
+
+def _is_packed(dataset: Dataset) -> bool:
+    """Whether its pixels take less room in the file than in memory."""
+    syntax = UID(dataset.file_meta.get("TransferSyntaxUID", ""))
+    return syntax == DeflatedExplicitVRLittleEndian or is_compressed(dataset)
 
 
 def _number(dataset: Dataset, keyword: str, default: int) -> int:

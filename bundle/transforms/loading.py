@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +17,20 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.image_reader import PILReader
 from monai.transforms import MapTransform
-from PIL import Image
+from PIL import Image, ImageMode
 from pydicom.misc import is_dicom
 
 from bundle.dicom.series import SeriesFiles, group_series, modality_in, read_volume, volume_geometry
 from bundle.errors import BundleError
 from bundle.files import DICOM_SUFFIXES, FLAT_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, Source, files_of
+from bundle.limits import GRANTED, MAX_VOXELS, check_claim, check_limit, check_regular, check_size
 from bundle.transforms.axes import turn_between, turned
 
 MIN_SIDE = 16  # pixels; less than one patch of any backbone holds nothing to map
 THICKER = 1.1  # times the other two sides of a voxel: only then they tell along which axis slices were acquired
+PICTURES = ("PNG", "JPEG", "BMP", "TIFF")  # of Pillow's formats; others run programs, such as Ghostscript
+
+Image.MAX_IMAGE_PIXELS = None  # its limit is another than ours, and only warns up to twice its size
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +96,14 @@ class LoadCased(MapTransform):
         keys: what to load: see :data:`bundle.files.Source`.
         channel: the volume of a 4D NIfTI file to take, from 0; None: 4D files are refused. 3D files have one.
         min_slices: of an image; 2 or more where a volume is wanted.
+        max_voxels: largest number of pixels or voxels of an image; each channel counts.
         allow_missing_keys: do not fail where a case has no such key.
 
     Raises:
         BundleError: one line with the file and the remedy if it is missing, unreadable, truncated, of another rank than
-            2 or 3, smaller than 16x16, or holds NaN or infinite pixels; if a mask has another size or affine than its
-            image; if a DICOM series is no regular volume (see :mod:`bundle.dicom.series`).
+            2 or 3, smaller than 16x16, larger than ``max_voxels``, claims more than it can hold, is a pipe or a device,
+            or holds NaN or infinite pixels; if a mask has another size or affine than its image; if a DICOM series is
+            no regular volume (see :mod:`bundle.dicom.series`).
     """
 
     def __init__(
@@ -103,13 +111,16 @@ class LoadCased(MapTransform):
         keys: KeysCollection,
         channel: int | None = None,
         min_slices: int = 1,
+        max_voxels: int = MAX_VOXELS,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         check_channel(channel)
         if min_slices < 1:
             raise BundleError(f"min_slices is {min_slices}: give at least 1")
+        check_limit(max_voxels)
         self.channel = channel
+        self.max_voxels = max_voxels
         self.min_slices = min_slices
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -117,7 +128,7 @@ class LoadCased(MapTransform):
         loaded = dict(data)
         images: list[MetaTensor] = []
         for key in self.key_iterator(loaded):
-            loaded[key] = load_case(loaded[key], self.channel)
+            loaded[key] = load_case(loaded[key], self.channel, self.max_voxels)
             if images and _is_placed(images[0]) and _is_placed(loaded[key]):
                 loaded[key] = turned(loaded[key], turn_between(loaded[key].affine, images[0].affine))
             images.append(loaded[key])
@@ -133,20 +144,20 @@ class LoadCased(MapTransform):
         return loaded
 
 
-def load_case(source: Source, channel: int | None = None) -> MetaTensor:
+def load_case(source: Source, channel: int | None = None, max_voxels: int = MAX_VOXELS) -> MetaTensor:
     """One image or volume as [C, x, y, slices], see :class:`LoadCased`."""
     files = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     for file in files:
-        if not os.path.exists(file):
-            raise BundleError(f"no file at '{file}': check the path")
+        if len(files) > 1 or not os.path.isdir(file):
+            check_regular(file)
     place = str(files[0] if len(files) == 1 else Path(files[0]).parent)
     name = place.lower()
     if len(files) == 1 and name.endswith(NIFTI_SUFFIXES):
-        pixels = _read(place, _read_nifti, place, channel)
+        pixels = _read(place, _read_nifti, place, channel, max_voxels)
     elif len(files) == 1 and name.endswith(FLAT_SUFFIXES):
-        pixels = _read(place, _read_picture, place)
+        pixels = _read(place, _read_picture, place, max_voxels)
     else:
-        pixels = _read(place, _read_dicom, [Path(file) for file in files])
+        pixels = _read(place, _read_dicom, [Path(file) for file in files], max_voxels)
     values = torch.from_numpy(pixels.values)
     across = 2 if pixels.slice_axis is None else pixels.slice_axis
     sides = [side for axis, side in enumerate(values.shape[1:]) if axis != across]
@@ -201,7 +212,8 @@ def _read(place: str, reader: Callable[..., _Pixels], *arguments: Any) -> _Pixel
         ) from error
 
 
-def _read_nifti(path: str, channel: int | None) -> _Pixels:
+def _read_nifti(path: str, channel: int | None, max_voxels: int) -> _Pixels:
+    _check_nifti(path, max_voxels)
     image: Any = nib.load(path)  # MONAI's reader changes affines that disagree with the size of voxels
     volumes = image.shape[3] if len(image.shape) == 4 else 1
     if len(image.shape) == 4 and volumes > 1:
@@ -232,8 +244,25 @@ def _read_nifti(path: str, channel: int | None) -> _Pixels:
     return _Pixels(values[None], affine, slice_axis=axis)
 
 
-def _read_picture(path: str) -> _Pixels:
-    reader = PILReader(converter=_to_gray_or_rgb)
+def _check_nifti(path: str, max_voxels: int) -> None:
+    """Compare the header with the file and the limit; nibabel takes memory for what either part of it claims."""
+    with nib.openers.ImageOpener(path) as stream:
+        start = stream.read(nib.Nifti2Header.template_dtype.itemsize)
+    kind = nib.Nifti2Header if nib.Nifti2Header.may_contain_header(start) else nib.Nifti1Header
+    header = kind(start[: kind.template_dtype.itemsize], check=False)
+    sides, offset = header.get_data_shape(), int(header["vox_offset"])
+    if len(sides) in (2, 3, 4):
+        check_size(path, sides[:3], max_voxels)
+    if not 0 <= offset <= GRANTED:
+        raise BundleError(
+            f"'{path}' has a header of {offset} bytes: replace the file, or skip such files with --on_error skip"
+        )
+    claimed = offset + math.prod(sides) * header.get_data_dtype().itemsize
+    check_claim(path, claimed, os.path.getsize(path), packed=path.lower().endswith(".gz"))
+
+
+def _read_picture(path: str, max_voxels: int) -> _Pixels:
+    reader = PILReader(converter=partial(_to_gray_or_rgb, path=path, max_voxels=max_voxels), formats=PICTURES)
     values, header = reader.get_data(reader.read(path))
     values = np.asarray(values, dtype=np.float32)
     values = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
@@ -242,7 +271,7 @@ def _read_picture(path: str) -> _Pixels:
     return _Pixels(np.ascontiguousarray(values[..., None]), affine, "" if _is_deep(header["mode"]) else "8bit")
 
 
-def _read_dicom(files: list[Path]) -> _Pixels:
+def _read_dicom(files: list[Path], max_voxels: int) -> _Pixels:
     if len(files) == 1 and files[0].is_dir():
         folder = files[0]
         series = group_series(filter(is_dicom_file, files_of(folder)))
@@ -252,7 +281,7 @@ def _read_dicom(files: list[Path]) -> _Pixels:
                 "--dataset_dir the folder for all of them"
             )
         files = series[0].files
-    volume = read_volume(files)
+    volume = read_volume(files, max_voxels)
     return _Pixels(
         volume.pixels,
         volume.affine,
@@ -282,8 +311,11 @@ def _is_placed(image: MetaTensor) -> bool:
     return image.meta["slice_axis"] is not None
 
 
-def _to_gray_or_rgb(image: Image.Image) -> Image.Image:
+def _to_gray_or_rgb(image: Image.Image, path: str, max_voxels: int) -> Image.Image:
     """Decode now, so that a truncated file fails here, and bring palettes and alpha to plain gray or RGB."""
+    bands, each = image.getbands(), np.dtype(ImageMode.getmode(image.mode).typestr).itemsize
+    check_size(path, image.size, max_voxels, channels=1 if bands[0] in ("1", "L", "I", "F") else 3)
+    check_claim(path, math.prod(image.size) * len(bands) * each, os.path.getsize(path))
     image.load()
     if image.mode in ("L", "RGB") or _is_deep(image.mode):
         return image

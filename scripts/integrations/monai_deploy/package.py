@@ -27,8 +27,10 @@ MODULES = (
     "__init__.py",
     "errors.py",
     "figures.py",
+    "limits.py",
     "results.py",
     "dicom/__init__.py",
+    "dicom/decoding.py",
     "dicom/series.py",
     "dicom/objects.py",
 )

@@ -1,0 +1,170 @@
+"""Compressed pixels of DICOM files, decoded in a process of its own that a damaged file cannot keep, fill or crash.
+
+Decoders of JPEG, JPEG-LS, JPEG 2000 and RLE are large programs in C++ that may loop, ask for any memory or end their
+process. Each call has seconds and memory by the size that the image claims. A process serves one call after the other,
+and is started anew only after it died; calls of several threads have processes of their own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Any
+
+from pydicom import DataElement, Dataset
+from pydicom.pixels import get_decoder
+from pydicom.pixels.utils import as_pixel_options
+from pydicom.uid import UID, ExplicitVRLittleEndian
+
+SECONDS = 5.0  # for any image, and
+VALUES_PER_SECOND = 1e6  # of pixels, a tenth of what decoders do
+MEMORY = 2**30  # bytes of addresses for any image, of which the program and its libraries take a fifth, and
+COPIES = 8  # of its pixels
+
+_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import serve; serve()"
+
+
+def is_compressed(dataset: Dataset) -> bool:
+    """Whether the pixels are kept in fragments of some codec."""
+    syntax = dataset.file_meta.get("TransferSyntaxUID")
+    return syntax is not None and UID(syntax).is_encapsulated and "PixelData" in dataset
+
+
+def decompress(dataset: Dataset, claimed: int) -> None:
+    """Replace the pixels of a compressed image by plain ones, colors by RGB; elements are replaced, not changed.
+
+    Args:
+        dataset: of a file whose pixels are compressed.
+        claimed: bytes of its pixels, as the header says.
+
+    Raises:
+        TimeoutError: if decoding takes too long.
+        RuntimeError: if it fails, whatever the reason.
+    """
+    options = as_pixel_options(dataset, pixel_keyword="PixelData")
+    request = (
+        SECONDS + claimed / VALUES_PER_SECOND,
+        MEMORY + COPIES * claimed,
+        str(dataset.file_meta.TransferSyntaxUID),
+        options,
+        dataset["PixelData"].value,
+    )
+    try:
+        decoder = _idle.pop()
+    except IndexError:
+        decoder = _Decoder()
+    found, pixels = decoder.decode(request)
+    _idle.append(decoder)
+    if "error" in found:
+        raise RuntimeError(found["error"])
+    wide = dataset.BitsAllocated > 8
+    dataset.file_meta = copy.deepcopy(dataset.file_meta)
+    dataset.file_meta["TransferSyntaxUID"] = DataElement("TransferSyntaxUID", "UI", ExplicitVRLittleEndian)
+    dataset["PixelData"] = DataElement("PixelData", "OW" if wide else "OB", pixels + b"\0" * (len(pixels) % 2))
+    for keyword, kind in (("PhotometricInterpretation", "CS"), ("PlanarConfiguration", "US")):
+        if keyword in found:
+            dataset[keyword] = DataElement(keyword, kind, found[keyword])
+
+
+class _Decoder:
+    """A process that decodes, and how to ask it."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _START.format(module=__name__), json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pipesize=2**20,  # few turns for an image
+            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # threads take addresses
+        )
+
+    def decode(self, request: tuple[Any, ...]) -> tuple[dict[str, Any], bytes]:
+        """What the process answers.
+
+        Raises:
+            TimeoutError: if it was stopped after its seconds.
+            RuntimeError: if it ended.
+        """
+        assert self.process.stdin and self.process.stdout
+        with suppress(BrokenPipeError):
+            pickle.dump(request, self.process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            self.process.stdin.flush()
+            head = self.process.stdout.readline()
+            if head.endswith(b"\n"):
+                found = json.loads(head)
+                pixels = self.process.stdout.read(found.pop("length"))
+                return found, pixels
+        self.close()
+        if self.process.returncode == -signal.SIGALRM:
+            raise TimeoutError(f"its decoder does not end within {request[0]:.0f} s")
+        raise RuntimeError(f"its decoder ended by {_ending(self.process.returncode)}")
+
+    def close(self) -> None:
+        """End the process, which waits for nothing."""
+        assert self.process.stdin and self.process.stdout
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def serve() -> None:
+    """Decode what comes by standard input, until it ends."""
+    import resource  # POSIX alone has it; the asking process does without
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process decides
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # libraries print what they like
+    while True:
+        try:
+            seconds, memory, *image = pickle.load(requests)
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # nobody handles it, so that the kernel ends what loops
+        resource.setrlimit(resource.RLIMIT_AS, (memory, resource.RLIM_INFINITY))
+        found, frames = _decoded(*image)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        answers.write(json.dumps(found | {"length": sum(map(len, frames))}).encode() + b"\n")
+        for frame in frames:
+            answers.write(frame)
+        answers.flush()
+
+
+def _decoded(syntax: str, options: dict[str, Any], data: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    """What has changed of the header, or the error, and the frames."""
+    found: dict[str, Any] = {}
+    frames = []
+    try:
+        decoder, indices = get_decoder(UID(syntax)), range(int(options["number_of_frames"]))
+        for array, about in decoder.iter_array(data, indices=indices, as_rgb=True, **options):
+            frames.append(array.tobytes())
+            found["PhotometricInterpretation"] = str(about["photometric_interpretation"])
+            if int(about["samples_per_pixel"]) > 1:
+                found["PlanarConfiguration"] = int(about["planar_configuration"])
+    except Exception as error:
+        return {"error": (str(error).strip() or type(error).__name__).splitlines()[0]}, []
+    return found, frames
+
+
+def _ending(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _close_idle() -> None:
+    while _idle:
+        _idle.pop().close()
+
+
+_idle: list[_Decoder] = []
+os.register_at_fork(after_in_child=_idle.clear)  # a process of another process is not ours to ask
+atexit.register(_close_idle)
