@@ -6,6 +6,7 @@ calls :func:`start`, which reads the command line once more, by the types of the
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,18 +19,19 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 from monai.bundle.scripts import run
 
-from bundle.errors import BundleError, did_you_mean, user_error
+from bundle.errors import BundleError, OneLine, did_you_mean, user_error
 from bundle.knobs import SYNTAX, Knob, is_used, knob_of, read_text, typed
 from bundle.model import known_settings
 
 MODEL = "model"  # the item of a config that holds the settings of the model
+ONE_LINE = OneLine()
 COMMAND = "monai/bundle/__main__.py"
 _FLAG = re.compile(r"--?[A-Za-z_]")  # Fire takes one dash, too; -1 is a number
 _read_lines: list[Sequence[str]] = []  # the command line of this process, once it is read
 
 
 def start(arguments: Sequence[str] | None = None) -> None:
-    """Give the running config typed knobs, and show errors of the user's making as one line.
+    """Give the running config typed knobs, and show errors of the user's making, and all that is logged, as one line.
 
     Where MONAI's bundle is used from Python, as MONAI Label does, values have types already.
 
@@ -39,6 +41,8 @@ def start(arguments: Sequence[str] | None = None) -> None:
     Raises:
         BundleError: for a word that is no knob, or a knob that is unknown, or of another type.
     """
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(ONE_LINE)
     arguments = sys.argv if arguments is None else arguments
     parser = _running_parser()
     if parser is not None and _is_run(arguments):
@@ -180,9 +184,7 @@ def show_error(kind: type[BaseException], error: BaseException, trace: Traceback
     """Print one line if the error, or one that it stems from, is a :class:`BundleError`; the whole trace otherwise."""
     cause = user_error(error)
     if cause is not None:
-        # a data loader's worker wraps the message into the worker's trace, whose last line it is
-        line = str(cause).strip().splitlines()[-1]
-        print(f"error: {line.removeprefix('bundle.errors.BundleError: ')}", file=sys.stderr)
+        print(f"error: {cause}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print("interrupted: run the same command again; a training goes on after its last whole epoch", file=sys.stderr)
     else:

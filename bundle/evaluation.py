@@ -16,7 +16,7 @@ from bundle.data.cases import Case
 from bundle.distributed import gather
 from bundle.errors import BundleError
 from bundle.figures import curves, gallery, picture
-from bundle.files import write_csv, write_json
+from bundle.files import whole_file, write_csv, write_json
 from bundle.metrics import METRIC_NAMES, AnomalyMetric
 from bundle.networks.detector import Detector
 from bundle.provenance import data_words, model_words
@@ -132,7 +132,8 @@ class EvaluationReport:
         if roc and precision_recall:
             figures["test_curves.png"] = curves(roc, precision_recall, title)
         for name, figure in figures.items():
-            figure.savefig(self.output_dir / name, dpi=100)
+            with whole_file(self.output_dir / name) as partial:
+                figure.savefig(partial, format="png", dpi=100)
         write_json(self.output_dir / "metrics.json", report)
         self.tracker.log(metrics, {"report": [self.output_dir / "metrics.json"]})
         self.tracker.log({}, {"figures": [self.output_dir / name for name in figures]})

@@ -200,7 +200,7 @@ class DetectionSaver:
         result = CaseResult.from_output(data, self.settings.detector)
         target = self.output_dir / result.name
         owned = [f"{target.name}{suffix}" for writer in self.writers for suffix in writer.suffixes]
-        with whole_files(target.parent, stale=owned) as folder:
+        with whole_files(target.parent, stale=owned, within=self.output_dir) as folder:
             for writer in self.writers:
                 if writer.applies(result):
                     writer.write(folder / target.name, result, data["image"])
