@@ -2,12 +2,15 @@
 #   make train   sets up the environment and runs the main job
 #   make test    sets up the environment and runs linters, type checker and tests
 #   make check   the same with the fast tests alone, about a minute
+#   make audit   fails if a dependency has a known hole; says so where that cannot be known
+#   make sbom    writes a bill of materials of the environment (CycloneDX) to output/sbom.json
 #   make test-clinical   tests with real Orthanc, MONAI Label and MONAI Deploy; they need the Debian packages below
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := .venv-tools
 
-.PHONY: train test check lint test-clinical debian-packages
+.PHONY: train test check lint audit sbom test-clinical debian-packages
 
 train: $(VENV)/installed
 	$(BIN)/python -m monai.bundle run training --config_file configs/train.json
@@ -24,6 +27,16 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+audit: $(VENV)/installed
+	@$(MAKE) --silent $(TOOLS)/installed >/dev/null 2>&1 || true
+	@$(BIN)/python -m scripts.checks.dependencies --audit $(TOOLS)/bin/pip-audit \
+		--packages "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+sbom: $(VENV)/installed $(TOOLS)/installed
+	mkdir -p output
+	$(TOOLS)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml \
+		--output-format JSON --output-file output/sbom.json
+
 test-clinical: $(VENV)/installed
 	$(BIN)/python -m pytest tests/clinical
 
@@ -36,4 +49,9 @@ debian-packages:
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -e ".[test]"
+	touch $@
+
+$(TOOLS)/installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install -q "pip-audit>=2.10,<3" "cyclonedx-bom>=7.5,<8"
 	touch $@

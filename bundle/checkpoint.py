@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import pickle
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 
 from bundle.errors import BundleError, shown
 from bundle.files import whole_file
+from bundle.identity import FACTS, check_numbers, checked_identity
 from bundle.model import Settings, agreed_settings, known_settings
 from bundle.networks.detector import decode_identity
+from bundle.networks.weights import read_plain
 
 STORED = torch.float16  # of the weights in a checkpoint: half the size, and far more digits than a prediction has
-FORGOTTEN = ("likelihood",)  # what identities of earlier versions hold beside settings and facts of the weights
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Checkpoint(NamedTuple):
     """What a checkpoint holds.
 
     Attributes:
-        identity: settings of the model and facts of its weights, as plain JSON values.
+        identity: settings of the model and facts of its weights, as plain JSON values, checked.
         state: tensors by name.
     """
 
@@ -55,17 +55,20 @@ def save_checkpoint(detector: nn.Module, path: str | os.PathLike) -> None:
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Read a checkpoint as data: nothing in it is run.
+    """Read a checkpoint as data, which are checked: nothing in it is run.
 
     Raises:
-        BundleError: if the file is missing, or no checkpoint.
+        BundleError: if the file is missing or no checkpoint, or holds a setting that no model has, or a number that is
+            none.
     """
     if not os.path.isfile(path):
         raise BundleError(f"no checkpoint at '{path}': train first, or give --checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        identity = state["identity"]
-        return Checkpoint(decode_identity(identity) if isinstance(identity, Tensor) else dict(identity), state)
+        state = read_plain(path)
+        stored = state["identity"]
+        identity = decode_identity(stored) if isinstance(stored, Tensor) else stored
+        check_numbers(state)
+        return Checkpoint(checked_identity(identity, with_others=True), state)
     except Exception as error:
         raise _no_checkpoint(path, error) from error
 
@@ -95,7 +98,7 @@ def load_checkpoint(detector: Any, path: str | os.PathLike) -> None:
         BundleError: if the file is missing, no checkpoint, of another version, or of other settings or weights.
     """
     identity, state = read_checkpoint(path)
-    unknown = identity.keys() - detector.describe().keys() - known_settings().keys() - set(FORGOTTEN)
+    unknown = identity.keys() - detector.describe().keys() - known_settings().keys() - FACTS.keys()
     if unknown:
         raise BundleError(
             f"'{path}' has {shown(', '.join(sorted(unknown)))} in its identity, which this version does not know: take "
@@ -110,7 +113,6 @@ def load_checkpoint(detector: Any, path: str | os.PathLike) -> None:
 
 
 def _no_checkpoint(path: str | os.PathLike, error: Exception) -> BundleError:
-    more = isinstance(error, pickle.UnpicklingError)  # its text advises to run what the file holds
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    reason = "it holds more than tensors" if more else " ".join(lines[:2])
+    reason = " ".join(lines[:2])
     return BundleError(f"'{path}' is no checkpoint of this bundle ({reason}): give the model.pt of a training")

@@ -4,17 +4,39 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections.abc import Iterable
 
 MAX_SHOWN = 200  # characters of a value in a message
+_FROM_WORKER = "Caught BundleError in "  # how the error of a data loader's worker begins, whose trace follows
 
 
 class BundleError(ValueError):
     """Bad input or a bad setting.
 
     The message is one line that names the file or setting, the value found and the remedy; the command line
-    shows this line and nothing else (see :mod:`bundle.command_line`).
+    shows this line and nothing else (see :mod:`bundle.command_line`). Whatever is in the name of a file, it stays one.
     """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        if text.startswith(_FROM_WORKER):  # the last line is the message, which was made one in the worker
+            text = text.strip().splitlines()[-1].removeprefix(f"{__name__}.BundleError: ")
+        super().__init__(one_line(text))
+
+
+class OneLine(logging.Filter):
+    """Lets every record pass, as one line: a file name can forge none."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Escape what is not printable in the message of ``record``."""
+        record.msg, record.args = one_line(record.getMessage().rstrip()), None
+        return True
+
+
+def one_line(text: str) -> str:
+    """``text`` with escapes in the place of line breaks, control characters and others that cannot be printed."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def did_you_mean(value: str, options: Iterable[str]) -> str:

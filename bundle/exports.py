@@ -1,7 +1,8 @@
 """Exports of a trained detector, and inference with such a file instead of a checkpoint and a backbone.
 
 Each file holds the whole way from an image in [0, 1] to its anomaly map, resize and normalization included, the
-threshold, and the identity that a checkpoint has. TorchScript (.ts), ONNX (.onnx), OpenVINO (.xml with its .bin).
+threshold, and the identity that a checkpoint has. ONNX (.onnx) and OpenVINO (.xml with its .bin) are graphs of
+operations on tensors. TorchScript (.ts) is a program, which may read and write any file: it needs consent.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,10 +30,11 @@ from torch.nn import functional as F
 
 from bundle.compute import Compute
 from bundle.errors import BundleError, check_choice
-from bundle.files import whole_files, write_csv
+from bundle.files import check_hash, whole_files, write_csv
+from bundle.identity import CALIBRATION, check_numbers, checked_identity
 from bundle.model import agreed_settings
 from bundle.networks.backbones import BACKBONES
-from bundle.networks.detector import AnomalyDetector, Detection, decode_identity
+from bundle.networks.detector import AnomalyDetector, Detection
 from bundle.networks.features import CPU_PIXELS
 from bundle.networks.neighbors import SlicePooling
 from bundle.provenance import model_words
@@ -55,8 +58,9 @@ COLUMNS = (
 _OPSET = 18
 _PROTOBUF_LIMIT = 2**31 - 2**24  # bytes of one ONNX file, less 16 MiB for its graph
 _OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
-_CALIBRATION = ("threshold", "image_threshold", "false_positive_rate", "image_false_positive_rate")
 _POOLING = "slice_pooling"
+_PASSPORT = "passport.json"  # what a TorchScript archive says of itself, beside its program
+_LONGEST_PASSPORT = 2**20  # bytes
 _SECTION = "framework"  # of rt_info, where OpenVINO keeps the metadata of an ONNX file
 
 
@@ -115,17 +119,20 @@ def export_torchscript(
     configs: Sequence[str | os.PathLike] = (),
     metadata: str | os.PathLike | None = None,
 ) -> None:
-    """Write a scripted detector, the same file as ``python -m monai.bundle ckpt_export`` writes.
+    """Write a scripted detector, the file that ``python -m monai.bundle ckpt_export`` writes, and a passport in it.
 
-    Its ``forward`` gives the anomaly map; ``detect`` and the buffers of thresholds and ``identity`` are there, too.
+    Its ``forward`` gives the anomaly map; ``detect`` and the buffers of thresholds and ``identity`` are there, too. The
+    passport has these as JSON, for whoever reads them before the program is loaded.
 
     Args:
-        detector: trained.
+        detector: trained; one that is no :class:`AnomalyDetector` gets no passport.
         path: of the file, .ts.
         configs: config files to embed under ``extra/``.
         metadata: ``metadata.json`` to embed.
     """
     embedded = {f"{Path(file).stem}.json": json.dumps(ConfigParser.load_config_file(file)).encode() for file in configs}
+    if isinstance(detector, AnomalyDetector):
+        embedded[_PASSPORT] = json.dumps(_passport(detector)).encode()
     values = ConfigParser.load_config_file(metadata) if metadata else None
     with _whole(path) as partial, _quiet():
         scripted = torch.jit.script(copy.deepcopy(detector).float().cpu().eval())
@@ -191,7 +198,7 @@ def _passport(detector: AnomalyDetector) -> dict[str, str]:
     """What decides an output and is no part of the graph."""
     return {
         "identity": json.dumps(detector.describe(), sort_keys=True),
-        **{name: repr(float(getattr(detector, name))) for name in _CALIBRATION},
+        **{name: repr(float(getattr(detector, name))) for name in CALIBRATION},
         _POOLING: json.dumps({name: value.tolist() for name, value in detector.slice_pooling.state_dict().items()}),
     }
 
@@ -232,11 +239,15 @@ def _quiet() -> Iterator[None]:
                 one.setLevel(level)
 
 
+class NotInstalledError(BundleError):
+    """A package that reads or writes a format is missing."""
+
+
 def _optional(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise BundleError(f'the package {name} is not installed: pip install -e ".[export]"') from error
+        raise NotInstalledError(f'the package {name} is not installed: pip install -e ".[export]"') from error
 
 
 # reading
@@ -251,12 +262,14 @@ class Runner(NamedTuple):
         pooling: the state of :class:`~bundle.networks.neighbors.SlicePooling`; empty in files from before it.
         run: gives the outputs of :class:`Detection`, in its order, of images [B, 1 or 3, H, W], once the device and the
             precision are known.
+        is_program: whether the file can do more than compute.
     """
 
     identity: dict[str, Any]
     calibration: Sequence[Tensor]
     pooling: Mapping[str, Tensor]
     run: Callable[[Compute], Callable[[Tensor], Sequence[Tensor]]]
+    is_program: bool = False
 
 
 class ExportedDetector(nn.Module):
@@ -286,9 +299,7 @@ class ExportedDetector(nn.Module):
             *(self.settings[name] for name in ("slice_pooling", "image_score", "score_scale"))
         )
         if runner.pooling:
-            # TorchScript keeps more than a checkpoint
-            state = {name: runner.pooling[name] for name in self.slice_pooling.state_dict()}
-            self.slice_pooling.load_state_dict(state)
+            self.slice_pooling.load_state_dict(runner.pooling)
         self.slice_pooling.to(compute.device)
         self._run = runner.run(compute)
         self._identity = runner.identity
@@ -328,6 +339,8 @@ def load_exported(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     given: Mapping[str, Any] | None = None,
+    trust_program: bool = False,
+    exported_sha256: str | None = None,
 ) -> ExportedDetector:
     """The detector in an exported file, by its suffix, with as many threads as torch has now.
 
@@ -336,38 +349,58 @@ def load_exported(
         device, precision: see :class:`~bundle.compute.Compute`. TorchScript follows both; OpenVINO follows the
             precision, on a CPU; ONNX runs in 32 bits, on the GPU where onnxruntime has a provider for it.
         given: settings that the caller expects, or that the model leaves open.
+        trust_program: run a TorchScript file of whatever hash. It can do whatever its maker wants.
+        exported_sha256: hash (hex) that the file must have; a TorchScript file that has it is run.
 
     Raises:
-        BundleError: if the file is missing, damaged, of another make, version or settings, or the package that reads it
-            is not installed.
+        BundleError: if the file is missing, damaged, of another make, version, settings or hash, a program that nobody
+            vouches for, or if the package that reads it is not installed.
     """
     file = Path(path)
     if file.suffix not in _READERS:
         raise BundleError(f"exported file '{file}' must end in {', '.join(_READERS)}")
     if not file.is_file():
         raise BundleError(f"no exported detector at '{file}': make it by the command exporting, or give --exported")
+    check_hash(file, exported_sha256, "exported_sha256")
     try:
         runner = _READERS[file.suffix](file)
-        name = runner.identity["backbone"]
-        spec = BACKBONES[check_choice(f"backbone of '{path}'", name, BACKBONES)]
+    except NotInstalledError:
+        raise
+    except Exception as error:
+        raise _no_export(file, error) from error
+    if runner.is_program and not trust_program and exported_sha256 is None:
+        raise BundleError(
+            f"'{file}' is a program (TorchScript), which can read and write any file of yours when it is loaded: give "
+            "an ONNX or OpenVINO file, which cannot, or its hash by --exported_sha256; --trust_program true takes any"
+        )
+    try:
+        spec = BACKBONES[runner.identity["backbone"]]
         return ExportedDetector(runner, Compute(device, precision, features=spec), given)
     except BundleError:
         raise
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line and not line.startswith(("Exception from", "Check "))]
-        reason = lines[0] if lines else type(error).__name__
-        raise BundleError(
-            f"'{file}' is no exported detector of this bundle ({reason}): make it by the command exporting"
-        ) from error
+        raise _no_export(file, error) from error
+
+
+def _no_export(file: Path, error: Exception) -> BundleError:
+    lines = [line for line in str(error).splitlines() if line and not line.startswith(("Exception from", "Check "))]
+    reason = lines[0] if lines else type(error).__name__
+    return BundleError(f"'{file}' is no exported detector of this bundle ({reason}): make it by the command exporting")
 
 
 def _read_torchscript(file: Path) -> Runner:
-    with _quiet():
-        module: Any = torch.jit.load(str(file), map_location="cpu")
-    calibration = [getattr(module, name) for name in _CALIBRATION]
-    pooling = module.slice_pooling.state_dict() if hasattr(module, _POOLING) else {}
-    identity = decode_identity(module.identity)
-    return Runner(identity, calibration, pooling, lambda compute: module.to(compute.device).detect)
+    """The passport in the archive; the program is loaded when it runs."""
+
+    def runs(compute: Compute) -> Callable[[Tensor], Sequence[Tensor]]:
+        with _quiet():
+            module: Any = torch.jit.load(str(file), map_location="cpu")
+        return module.to(compute.device).detect
+
+    with zipfile.ZipFile(file) as archive:
+        entry = next((one for one in archive.infolist() if one.filename.endswith(f"/extra/{_PASSPORT}")), None)
+        if entry is None or entry.file_size > _LONGEST_PASSPORT:
+            raise ValueError("it has no passport, which names its settings outside of its program")
+        return _from_passport(json.loads(archive.read(entry)), runs)._replace(is_program=True)
 
 
 def _read_onnx(file: Path) -> Runner:
@@ -403,7 +436,7 @@ def _read_openvino(file: Path) -> Runner:
     model = openvino.Core().read_model(file)
     if not model.has_rt_info([_SECTION, "identity"]):
         raise ValueError("it has no identity")
-    keys = [key for key in ("identity", *_CALIBRATION, _POOLING) if model.has_rt_info([_SECTION, key])]
+    keys = [key for key in ("identity", *CALIBRATION, _POOLING) if model.has_rt_info([_SECTION, key])]
     passport = {key: model.get_rt_info([_SECTION, key]).astype(str) for key in keys}
 
     def runs(compute: Compute) -> Callable[[Tensor], list[Tensor]]:
@@ -424,12 +457,20 @@ def _read_openvino(file: Path) -> Runner:
     return _from_passport(passport, runs)
 
 
-def _from_passport(passport: dict[str, str], runs: Callable[[Compute], Callable[[Tensor], Sequence[Tensor]]]) -> Runner:
+def _from_passport(
+    passport: Mapping[str, str], runs: Callable[[Compute], Callable[[Tensor], Sequence[Tensor]]]
+) -> Runner:
+    """The file that ``runs``, with what its ``passport`` says, which is checked.
+
+    Raises:
+        BundleError: for an identity that no model has, or numbers that are none.
+    """
     if "identity" not in passport:
         raise ValueError("it has no identity")
-    calibration = [torch.tensor(float(passport[name]), dtype=torch.float64) for name in _CALIBRATION]
+    calibration = {name: torch.tensor(float(passport[name]), dtype=torch.float64) for name in CALIBRATION}
     pooling = {name: torch.tensor(value) for name, value in json.loads(passport.get(_POOLING, "{}")).items()}
-    return Runner(dict(json.loads(passport["identity"])), calibration, pooling, runs)
+    check_numbers(calibration | pooling)
+    return Runner(checked_identity(json.loads(passport["identity"])), list(calibration.values()), pooling, runs)
 
 
 _READERS = {".ts": _read_torchscript, ".onnx": _read_onnx, ".xml": _read_openvino}
@@ -492,7 +533,7 @@ def export_all(
             else:
                 export_openvino(detector, partial, onnx_file)
             size = sum(file.stat().st_size for file in partial.parent.iterdir())
-            exported = load_exported(partial)
+            exported = load_exported(partial, trust_program=True)
             difference = check_parity(detector, exported, name, tolerance)
             spent = milliseconds(exported.detect, image)
         found = {"format": name, "file": target.name, "megabytes": size / 1e6, "milliseconds_per_image": spent}

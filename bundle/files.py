@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, shown
 from bundle.processes import has_ended, process_name
 
 PARTIAL = ".partial-"  # begins the name of what is being written
@@ -27,6 +27,8 @@ FLAT_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 SUFFIXES = (*NIFTI_SUFFIXES, *FLAT_SUFFIXES, *DICOM_SUFFIXES)
+# how cells begin that spreadsheets take for formulas, or that are marked as text already
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20", "'")
 
 Source: TypeAlias = str | os.PathLike | Sequence[str]
 """A file, a folder with one DICOM series, or the files of one."""
@@ -86,6 +88,21 @@ def file_sha256(path: str | os.PathLike) -> str:
     """SHA-256 (hex) of a file, as other programs give it."""
     status = os.stat(path)
     return _file_digest(str(path), status.st_ino, status.st_size, status.st_mtime_ns).hex()
+
+
+def check_hash(path: str | os.PathLike, expected: str | None, knob: str) -> None:
+    """Refuse the file at ``path`` if it has another SHA-256 than ``expected``; None: any will do.
+
+    Raises:
+        BundleError: with both, naming the ``knob`` that says what is expected.
+    """
+    if expected is None:
+        return
+    found = file_sha256(path)
+    if found != expected.lower():
+        raise BundleError(
+            f"'{path}' has SHA-256 {found}, but {knob} is {shown(expected)}: get it anew, or correct the hash"
+        )
 
 
 def content_key(source: Source) -> str:
@@ -181,20 +198,26 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_files(folder: str | os.PathLike, stale: Iterable[str] = ()) -> Iterator[Path]:
+def whole_files(
+    folder: str | os.PathLike, stale: Iterable[str] = (), within: str | os.PathLike | None = None
+) -> Iterator[Path]:
     """A new folder to write to: the files in it appear in ``folder`` when the block ends well, or not at all.
 
-    They move in order of name, each at once, into subfolders that may be there and hold other files.
+    They move in order of name, each at once, into subfolders that may be there and hold other files. Links in their
+    places are replaced, not followed.
 
     Args:
         folder: where they belong; made if it is missing.
         stale: files below ``folder``, or subfolders with all that is in them, that belong to the same set and vanish if
             they are not written anew.
+        within: the folder of all results, below which ``folder`` lies; None: it is ``folder``.
 
     Raises:
-        BundleError: if the system refuses to write, as with a full disk.
+        BundleError: if the system refuses to write, as with a full disk, or a folder below ``within`` is a link.
     """
     target = Path(folder)
+    root = target if within is None else Path(within)
+    refuse_links(root, target.relative_to(root))
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=partial_prefix()) as fresh:
@@ -249,11 +272,36 @@ def _remove_empty(folder: Path, top: Path) -> None:
 
 
 def write_csv(path: str | os.PathLike, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Write rows under a header line, at once or not at all."""
-    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
+    """Write rows under a header line, at once or not at all.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe before it, as OWASP advises;
+    :func:`read_csv` takes it away. Numbers stay numbers.
+    """
+    with (
+        whole_file(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
+    ):
         writer = csv.DictWriter(stream, columns)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: _harmless(value) for name, value in row.items()} for row in rows)
+
+
+def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
+    """The rows that :func:`write_csv` was given, as text."""
+    with open(path, newline="", encoding="utf-8") as stream:
+        return [{name: value.removeprefix("'") for name, value in row.items()} for row in csv.DictReader(stream)]
+
+
+def _harmless(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULAS) and not _is_number(value) else value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def write_json(path: str | os.PathLike, content: Any, indent: int = 2, sort_keys: bool = False) -> None:

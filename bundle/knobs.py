@@ -64,12 +64,12 @@ def read_text(name: str, text: str, knob: Knob) -> Any:
     """
     if text.startswith(SYNTAX):
         return text
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" and _fits(text[1:-1], knob.kind):
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" and fits(text[1:-1], knob.kind):
         return text[1:-1]
     word = text.strip().lower()
     if word in _WORDS:  # never a text
         return typed(name, _WORDS[word], knob)
-    return typed(name, next((value for value in _readings(text, knob) if _fits(value, knob.kind)), text), knob)
+    return typed(name, next((value for value in _readings(text, knob) if fits(value, knob.kind)), text), knob)
 
 
 def settings_of(part: Callable[..., Any]) -> dict[str, Knob]:
@@ -150,12 +150,13 @@ def _readings(text: str, knob: Knob) -> Iterator[Any]:
         value = text
     if not isinstance(value, str):  # 0.05 of a knob that takes a word or a number is the number
         yield value
-    if _fits(text, knob.kind) and knob.kind is not Any and not text.lstrip().startswith("["):
+    if fits(text, knob.kind) and knob.kind is not Any and not text.lstrip().startswith("["):
         yield text
     yield DefaultParseValue(text)
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
+    """Whether ``value`` is of the type ``kind``, as annotations are written."""
     try:
         TypeAdapter(kind, config=_STRICT).validate_python(value)
     except (ValidationError, SchemaError):
@@ -168,7 +169,7 @@ def _example(knob: Knob) -> Any:
     if knob.default is not None and not (isinstance(knob.default, str) and knob.default.startswith(SYNTAX)):
         return knob.default
     for example in (True, 0.5, 8, [1, 2], "text"):
-        if _fits(example, knob.kind):
+        if fits(example, knob.kind):
             return example
     return None
 

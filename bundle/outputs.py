@@ -129,6 +129,7 @@ TABLES: tuple[type[Table], ...] = (ScoreTable, SliceTable)
 def find_inputs(
     dataset_dir: str | os.PathLike,
     output_dir: str | os.PathLike,
+    follow_links: bool = False,
     writers: Sequence[type[Writer]] = WRITERS,
     tables: Sequence[type[Table]] = TABLES,
 ) -> list[Case]:
@@ -139,16 +140,17 @@ def find_inputs(
     Args:
         dataset_dir: see :func:`bundle.data.find_images`.
         output_dir: the folder of the results, which may be missing.
+        follow_links: see :func:`bundle.data.find_images`.
         writers: the formats that may be written.
         tables: the tables.
 
     Raises:
-        BundleError: if there is no image, an image lies in ``output_dir``, or where a result may be written stands what
+        BundleError: if there is no image, a link leads out of ``dataset_dir``, an image lies in ``output_dir``, or where a result may be written stands what
             no earlier run has left there.
     """
     manifest = Manifest(output_dir)
     folder = os.path.realpath(output_dir)
-    cases = find_images(dataset_dir, {os.path.join(folder, file) for file in manifest.files})
+    cases = find_images(dataset_dir, {os.path.join(folder, file) for file in manifest.files}, follow_links)
     real_folder = cache(os.path.realpath)
     for file in (file for case in cases for file in files_of(case["image"])):
         if os.path.commonpath([real_folder(file.parent), folder]) == folder:
@@ -268,15 +270,15 @@ class DetectionSaver:
         """
         result = CaseResult.from_output(data, self.settings.detector)
         target = self.output_dir / result.name
-        place = PurePosixPath(result.name).parent
-        stale = self._left(result.name)
-        with whole_files(target.parent, [str(PurePosixPath(file).relative_to(place)) for file in stale]) as fresh:
+        place, left = PurePosixPath(result.name).parent, self._left(result.name)
+        stale = [str(PurePosixPath(file).relative_to(place)) for file in left]
+        with whole_files(target.parent, stale, within=self.output_dir) as fresh:
             for writer in self.writers:
                 if writer.applies(result):
                     writer.write(fresh / target.name, result, data["image"])
             files = {str(place / path) for path in files_below(fresh)}
             self.manifest.claim(result.name, result.path, files)
-        self.manifest.settle(result.name, stale - files)
+        self.manifest.settle(result.name, left - files)
         for table in self.tables:
             table.add(result)
 

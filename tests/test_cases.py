@@ -518,3 +518,53 @@ def test_names_that_do_not_look_like_slices_or_tell_the_patient_raise_no_warning
 def test_patients_have_numbers_and_a_case_of_nobody_known_one_of_its_own():
     cases = [{"name": name, "image": f"{name}.png"} for name in ("sub-1_a", "x", "sub-2_a", "sub-1_b", "y")]
     assert number_patients(cases) == [0, 1, 2, 0, 3]
+
+
+# links
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A data folder with links that lead out of it: to a file, to a folder, and to a file that is not there."""
+    outside, root = tmp_path / "outside", tmp_path / "data"
+    picture(root / "own.png")
+    picture(outside / "secret.png")
+    picture(outside / "more/a.png")
+    (root / "file.png").symlink_to(outside / "secret.png")
+    (root / "folder").symlink_to(outside / "more")
+    (root / "gone").symlink_to("/nowhere")
+    return root
+
+
+@pytest.mark.parametrize("find", [find_images, find_splits])
+def test_links_that_lead_out_of_the_data_are_named_counted_and_refused(linked, find):
+    with pytest.raises(BundleError) as caught:
+        find(linked)
+    message = str(caught.value)
+    assert "3 links in" in message and "'file.png' to " in message and "--follow_links true" in message
+
+
+def test_links_are_followed_on_request_each_folder_once(linked):
+    (linked / "again").symlink_to(linked / "folder")
+    (linked / "loop").symlink_to(linked)
+    names = [case["name"] for case in find_images(linked, follow_links=True)]
+    assert names == ["again/a", "file", "own"]
+
+
+def test_a_data_folder_may_be_a_link_and_links_within_it_are_no_matter(tmp_path):
+    picture(tmp_path / "real" / "a.png")
+    (tmp_path / "real" / "b.png").symlink_to("a.png")
+    (tmp_path / "real" / "loop").symlink_to("../real")
+    (tmp_path / "link").symlink_to("real")
+    assert [case["name"] for case in find_images(tmp_path / "link")] == ["a", "b"]
+
+
+def test_a_linked_folder_of_the_layout_is_refused_and_read_on_request(tmp_path):
+    picture(tmp_path / "elsewhere" / "a.png")
+    picture(tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "train" / "good").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="1 link in .* leads out of it"):
+        find_splits(tmp_path / "data")
+    found = find_splits(tmp_path / "data", follow_links=True)
+    assert len(found["training"]) + len(found["validation"]) == 2

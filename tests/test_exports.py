@@ -5,6 +5,8 @@ import json
 import math
 import shutil
 import sys
+import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from torch.nn import functional as F
 from bundle import compute, exports
 from bundle.checkpoint import save_checkpoint
 from bundle.errors import BundleError
-from bundle.exports import check_parity, export_all, load_exported, resize_by_matrices
+from bundle.exports import check_parity, export_all, resize_by_matrices
+from bundle.files import file_sha256
 from bundle.inferers import SliceBatchInferer
 from bundle.networks import FeatureNetwork
 from bundle.networks.backbones import BACKBONES
@@ -26,6 +29,7 @@ from bundle.networks.neighbors import PlacedSlices
 from bundle.samples import make_sample_cohort
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+load_exported = partial(exports.load_exported, trust_program=True)
 FORMATS = {"torchscript": "model.ts", "onnx": "model.onnx", "openvino": "model.xml"}
 ALONE = {"OMP_NUM_THREADS": "1"}  # thread pools of three runtimes beside each other slow one another down
 SIZES = [(1, 64, 64), (3, 40, 90), (2, 150, 71)]
@@ -230,6 +234,116 @@ def test_a_file_of_another_make_is_refused(tmp_path):
     openvino.save_model(openvino.Core().read_model(tmp_path / "other.onnx"), tmp_path / "other.xml")
     for suffix in ("ts", "onnx", "xml"):
         assert "is no exported detector of this bundle" in refusal(load_exported, tmp_path / f"other.{suffix}")
+
+
+# files as data, and as programs
+
+
+class Writes(torch.nn.Module):
+    """A program that makes a file when it is loaded."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path: str = str(path)
+        self.kept = torch.zeros(1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image
+
+    @torch.jit.export
+    def __getstate__(self):
+        return (self.path, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]):
+        self.path = state[0]
+        self.training = state[1]
+        self.kept = torch.from_file(self.path, True, 16, dtype=torch.uint8).fill_(65)
+
+
+def hostile_program(folder, passport):
+    """A TorchScript file that says of itself what ``passport`` does, and makes a file when it is loaded."""
+    torch.jit.save(
+        torch.jit.script(Writes(folder / "made")), folder / "model.ts", _extra_files={"passport.json": passport}
+    )
+    return folder / "model.ts"
+
+
+def passport_of(file):
+    with zipfile.ZipFile(file) as archive:
+        return archive.read(f"{file.stem}/extra/passport.json").decode()
+
+
+def test_a_program_is_not_loaded_without_consent(lite, tmp_path):
+    file = hostile_program(tmp_path, passport_of(lite[1] / "model.ts"))
+    message = refusal(exports.load_exported, file)
+    assert "is a program" in message and "ONNX or OpenVINO" in message and "--trust_program true" in message
+    assert not (tmp_path / "made").exists()
+    torch.jit.load(file)
+    assert (tmp_path / "made").exists()
+
+
+def test_a_passport_is_checked_before_its_program_is_loaded(lite, tmp_path):
+    passport = json.loads(passport_of(lite[1] / "model.ts"))
+    entries = {**json.loads(passport["identity"]), "mode": "$print(1)"}
+    for wrong in ({"identity": json.dumps(entries)}, {"threshold": "nan"}, {"slice_pooling": '{"length": NaN}'}):
+        message = refusal(load_exported, hostile_program(tmp_path, json.dumps(passport | wrong)))
+        assert "is no exported detector" in message
+    assert "no passport" in refusal(load_exported, hostile_program(tmp_path, "x" * 2**21))
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_program_whose_hash_is_given_runs_and_no_other(lite):
+    file = lite[1] / "model.ts"
+    digest = file_sha256(file)
+    assert exports.load_exported(file, exported_sha256=digest.upper()).threshold == lite[0].threshold
+    assert "exported_sha256 is '00'" in refusal(exports.load_exported, file, exported_sha256="00")
+
+
+def test_a_hash_is_checked_of_every_format(lite):
+    assert "exported_sha256" in refusal(load_exported, lite[1] / "model.onnx", exported_sha256="0" * 64)
+
+
+@pytest.fixture
+def graph(lite):
+    onnx = pytest.importorskip("onnx")
+    return onnx.load(lite[1] / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [{"mode": "$print(1)"}, {"mode": "nonsense"}, {"weights": "a\nerror: forged"}, {"unknown": 1}, {"tiles": -5}],
+)
+def test_an_identity_in_a_graph_is_checked(graph, tmp_path, entries):
+    for one in graph.metadata_props:
+        if one.key == "identity":
+            one.value = json.dumps({**json.loads(one.value), **entries})
+    (tmp_path / "model.onnx").write_bytes(graph.SerializeToString())
+    assert next(iter(entries)) in refusal(load_exported, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("value", ["nan", "-inf"])
+def test_a_threshold_in_a_graph_is_a_number(graph, tmp_path, value):
+    for one in graph.metadata_props:
+        if one.key == "threshold":
+            one.value = value
+    (tmp_path / "model.onnx").write_bytes(graph.SerializeToString())
+    assert f"its threshold is {value}" in refusal(load_exported, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("place", ["../outside.bin", "{}/outside.bin", "link.bin"])
+def test_weights_of_a_graph_lie_in_its_folder(graph, tmp_path, place):
+    """onnxruntime sees to it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights = max(graph.graph.initializer, key=lambda one: len(one.raw_data))
+    (tmp_path / "outside.bin").write_bytes(weights.raw_data)
+    (folder / "link.bin").symlink_to(tmp_path / "outside.bin")
+    weights.ClearField("raw_data")
+    weights.data_location = weights.EXTERNAL
+    weights.external_data.add(key="location", value=place.format(tmp_path))
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+    assert "xternal data" in refusal(load_exported, folder / "model.onnx")
 
 
 def test_a_missing_package_is_named(lite, monkeypatch):

@@ -1,12 +1,17 @@
+import csv
 import hashlib
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
+from torch._utils import ExceptionWrapper
 
-from bundle.files import content_key, whole_file, whole_files, write_csv, write_json
+from bundle.errors import BundleError, OneLine
+from bundle.files import content_key, read_csv, whole_file, whole_files, write_csv, write_json
 
 HEAVY = {"torch", "monai", "pydicom", "nibabel", "numpy", "matplotlib"}
 
@@ -96,3 +101,103 @@ def test_a_set_that_is_interrupted_changes_nothing(tmp_path):
 def test_a_table_has_a_header_and_a_line_a_row(tmp_path):
     write_csv(tmp_path / "new" / "a.csv", [{"name": "a, b", "score": 1.5}], ["name", "score"])
     assert (tmp_path / "new" / "a.csv").read_text().splitlines() == ["name,score", '"a, b",1.5']
+
+
+# links
+
+
+def test_a_link_that_lies_in_the_way_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "other.txt").write_text("untouched")
+    for name in ("result.txt", f"result.txt.{os.getpid()}.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "other.txt")
+    with whole_file(tmp_path / "result.txt") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "other.txt").read_text() == "untouched"
+    assert not (tmp_path / "result.txt").is_symlink() and (tmp_path / "result.txt").read_text() == "new"
+
+
+def test_links_in_the_places_of_a_set_are_replaced_and_not_followed(tmp_path):
+    other, target = tmp_path / "other", tmp_path / "results"
+    for folder in (other, target):
+        folder.mkdir()
+    (other / "kept.txt").write_text("untouched")
+    (target / "a_series").symlink_to(other)
+    (target / "b_series").symlink_to(tmp_path / "nowhere")
+    (target / "a.txt").symlink_to(other / "kept.txt")
+    with whole_files(target) as fresh:
+        for name in ("a_series", "b_series"):
+            (fresh / name).mkdir()
+            (fresh / name / "kept.txt").write_text("new")
+        (fresh / "a.txt").write_text("new")
+    assert [(file.name, file.read_text()) for file in other.iterdir()] == [("kept.txt", "untouched")]
+    assert not any(file.is_symlink() for file in target.iterdir())
+    assert (target / "b_series" / "kept.txt").read_text() == "new"
+
+
+def test_nothing_is_written_through_a_linked_folder_below_that_of_the_results(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a").symlink_to(tmp_path / "other")
+    with pytest.raises(BundleError, match=f"'{tmp_path}/results/a' is a link to '{tmp_path}/other'"):
+        with whole_files(tmp_path / "results" / "a" / "b", within=tmp_path / "results"):
+            pass
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_the_folder_of_the_results_may_be_a_link(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "results").symlink_to(tmp_path / "other")
+    with whole_files(tmp_path / "results" / "a", within=tmp_path / "results") as fresh:
+        (fresh / "b.txt").write_text("new")
+    assert (tmp_path / "other" / "a" / "b.txt").read_text() == "new"
+
+
+# spreadsheets
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "＝", "'"])
+def test_no_text_of_a_table_is_a_formula_and_reading_gives_it_back(tmp_path, start):
+    rows = [{"name": f"{start}HYPERLINK(1)", "score": -1.5}]
+    write_csv(tmp_path / "table.csv", rows, ["name", "score"])
+    with (tmp_path / "table.csv").open(newline="") as stream:
+        (cells,) = csv.DictReader(stream)
+    assert cells == {"name": f"'{start}HYPERLINK(1)", "score": "-1.5"}
+    assert read_csv(tmp_path / "table.csv") == [{"name": f"{start}HYPERLINK(1)", "score": "-1.5"}]
+
+
+def test_numbers_and_plain_texts_of_a_table_stay_as_they_are(tmp_path):
+    rows = [{"name": "a=b", "score": "-1.5e-3"}, {"name": None, "score": -float("inf")}]
+    write_csv(tmp_path / "table.csv", rows, ["name", "score"])
+    assert (tmp_path / "table.csv").read_text().splitlines() == ["name,score", "a=b,-1.5e-3", ",-inf"]
+
+
+# one line
+
+
+HOSTILE = "a\nerror: forged\r\x1b[31m\u2028b\udcff.png"
+
+
+def test_a_file_name_forges_no_line_of_an_error():
+    message = str(BundleError(f"cannot read '{HOSTILE}': check it"))
+    assert len(message.splitlines()) == 1 and message.isprintable()
+    assert str(BundleError(message)) == message
+
+
+def test_the_error_of_a_worker_is_its_own_line():
+    try:
+        raise BundleError(f"cannot read '{HOSTILE}'")
+    except BundleError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(BundleError) as caught:
+        wrapped.reraise()
+    assert str(caught.value) == str(BundleError(f"cannot read '{HOSTILE}'"))
+
+
+def test_a_file_name_forges_no_line_of_a_log():
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    handler.addFilter(OneLine())
+    handler.handle(logging.LogRecord("bundle", logging.WARNING, "", 0, "skipped: '%s'\n", (HOSTILE,), None))
+    (line,) = stream.getvalue().splitlines()
+    assert line.startswith("WARNING skipped: 'a\\nerror: forged\\r\\x1b[31m\\u2028b")

@@ -151,6 +151,7 @@ def find_splits(
     needed: Sequence[str] = SPLITS,
     patient_pattern: str | None = None,
     healthy_images: int | None = None,
+    follow_links: bool = False,
 ) -> dict[str, list[Case]]:
     """The cases of each split of a data set; nothing is read but names.
 
@@ -167,6 +168,8 @@ def find_splits(
             without suffix and without the leading folders of the layout (``train/good/img``), since a patient has the
             same name in every split. Its first group, or else the whole match, is the patient. None: no rule.
         healthy_images: how many of the training images are used, drawn by ``seed``; None: all.
+        follow_links: read what links lead to that lead out of the folder. The folder itself may be a link, and a
+            datalist may name any file.
 
     Returns:
         ``training``, ``validation``, ``test``: lists of cases; the first two hold healthy cases only, since nothing may
@@ -175,14 +178,16 @@ def find_splits(
     Raises:
         BundleError: if the folder is missing or empty, a mask is missing, healthy images of fewer than two patients are
             found, a patient is in more than one split, anomalous or test images lie where only healthy ones are looked
-            for, ``patient_pattern`` is no regular expression or matches nothing, or test images alone are needed and
-            there is none.
+            for, ``patient_pattern`` is no regular expression or matches nothing, test images alone are needed and there
+            is none, or a link leads out of the folder.
     """
     path = Path(os.path.abspath(dataset_dir))  # '.' has a name, too
     if not path.exists():
         raise BundleError(
             f"no data at '{path}': give --dataset_dir a BMAD folder, a folder of healthy images or a datalist"
         )
+    if not follow_links:
+        _refuse_links(path)
     if path.is_file():
         splits = _from_datalist(path)
     elif any(_subfolder(path, _SPLIT_FOLDERS[split]) for split in ("training", "test")):
@@ -422,20 +427,45 @@ def place_of(case: Case) -> str:
     return str(case["image"] if isinstance(case["image"], str) else Path(case["image"][0]).parent)
 
 
-def find_images(dataset_dir: str | os.PathLike, passed_over: Container[str] = ()) -> list[Case]:
+def find_images(
+    dataset_dir: str | os.PathLike, passed_over: Container[str] = (), follow_links: bool = False
+) -> list[Case]:
     """Every image below a folder, or the one file, as unlabeled cases; folders of masks are passed over.
 
     Args:
         dataset_dir: the folder or file.
         passed_over: files that are not looked for in a folder, by their real paths.
+        follow_links: read what links lead to that lead out of the folder. The folder itself may be a link.
 
     Raises:
-        BundleError: if there is none.
+        BundleError: if there is no image, or a link leads out of the folder.
     """
     path = Path(os.path.abspath(dataset_dir))  # '.' has a name, too
     if not path.exists():
         raise BundleError(f"no file or folder at '{path}': give --dataset_dir an image, a volume or a folder of them")
+    if not follow_links:
+        _refuse_links(path)
     return _unlabeled(path, passed_over)
+
+
+def _refuse_links(root: Path) -> None:
+    """Refuse a folder with links that lead out of it: what they lead to is nobody's who filled the folder.
+
+    Raises:
+        BundleError: with their number, and the first of them.
+    """
+    entries = (Path(folder, name) for folder, folders, names in os.walk(root) for name in (*folders, *names))
+    out = sorted(entry for entry in entries if entry.is_symlink() and _leads_out(entry, root))
+    if out:
+        raise BundleError(
+            f"{len(out)} link{'s' * (len(out) > 1)} in '{root}' lead{'s' * (len(out) == 1)} out of it, such as "
+            f"'{out[0].relative_to(root)}' to '{os.readlink(out[0])}': remove them, or give --follow_links true if "
+            "they may be read"
+        )
+
+
+def _leads_out(path: str | os.PathLike, root: str | os.PathLike) -> bool:
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def keep_readable(cases: list[Case], transform: Callable[[Case], Any], on_error: str = "raise") -> list[Case]:
@@ -586,7 +616,7 @@ def _datalist_case(item: Any, split: str, datalist: Path) -> Case:
 def _images_below(folder: Path, passed_over: Container[str] = ()) -> Iterator[_Image]:
     """Images below ``folder`` in order of name; a DICOM series is one image, in whatever folders its files lie."""
     others, dicom = [], []
-    for directory, subfolders, names in os.walk(folder):
+    for directory, subfolders, names in _walk(folder):
         subfolders[:] = sorted(
             name for name in subfolders if name.lower() not in _MASK_FOLDERS and not name.startswith(PARTIAL)
         )
@@ -602,6 +632,19 @@ def _images_below(folder: Path, passed_over: Container[str] = ()) -> Iterator[_I
         # what was emptied beside other DICOM files is named when it is read, not passed over
         dicom += own + emptied if own else []
     yield from sorted([*others, *_series_of(dicom)], key=lambda image: image.path)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """``os.walk``, also through links that lead out of ``folder`` and were not refused; each folder once."""
+    seen: set[str] = set()
+    for directory, subfolders, names in os.walk(folder, followlinks=True):
+        links = [name for name in subfolders if os.path.islink(os.path.join(directory, name))]
+        for name in links:
+            place = os.path.realpath(os.path.join(directory, name))
+            if place in seen or not _leads_out(place, folder):
+                subfolders.remove(name)
+            seen.add(place)
+        yield directory, subfolders, names
 
 
 def _series_of(files: list[Path]) -> list[_Image]:

@@ -23,7 +23,7 @@ class SplitFinder:
     """The cases of a data set, found when they are first asked for, and once.
 
     Args:
-        dataset_dir, seed, needed, patient_pattern, healthy_images: see :func:`~bundle.data.find_splits`.
+        dataset_dir, seed, needed, patient_pattern, healthy_images, follow_links: see :func:`~bundle.data.find_splits`.
     """
 
     def __init__(
@@ -33,9 +33,10 @@ class SplitFinder:
         needed: Sequence[str] = SPLITS,
         patient_pattern: str | None = None,
         healthy_images: int | None = None,
+        follow_links: bool = False,
     ) -> None:
         self.dataset_dir = dataset_dir
-        self.arguments = (seed, needed, patient_pattern, healthy_images)
+        self.arguments = (seed, needed, patient_pattern, healthy_images, follow_links)
 
     @property
     def exists(self) -> bool:

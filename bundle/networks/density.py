@@ -30,6 +30,7 @@ from bundle.networks.context import (
 )
 from bundle.networks.gaussian import COVARIANCES, FITTED, fit_gaussian
 from bundle.networks.settings import remembers_settings
+from bundle.networks.weights import read_plain
 
 ORDERS: dict[int, list[list[int]]] = {  # dimensions to flip
     1: [[]],
@@ -93,22 +94,9 @@ class SpatialARDensity(nn.Module):
         **context: Any,
     ) -> None:
         super().__init__()
-        check_choice("density mode", mode, CONTEXTS)
-        check_choice("covariance", covariance, COVARIANCES)
+        check_density(in_channels, mode, linear_components, orders, covariance, rank, shrinkage)
         for name in context:
             check_choice(f"setting of mode '{mode}'", name, CONTEXTS[mode].known_settings())
-        check(orders in ORDERS, "orders", orders, "1, 2 or 4")
-        check(rank >= 1, "rank", rank, "at least 1")
-        check(shrinkage is None or 0 <= shrinkage <= 1, "shrinkage", shrinkage, "null, or 0 to 1")
-        check(
-            0 <= linear_components <= in_channels,
-            "linear_components",
-            linear_components,
-            f"0 to {in_channels}, the channels of the embeddings",
-        )
-        for name, value, only in (("linear_components", linear_components, 0), ("orders", orders, 1)):
-            blind = not CONTEXTS[mode].looks
-            check(not blind or value == only, name, value, f"mode '{mode}' looks at no other patch: give {only}")
         self.in_channels = in_channels
         self.learns_variance = covariance == "diagonal"
         self.whitens = covariance in FITTED
@@ -255,6 +243,36 @@ class SpatialARDensity(nn.Module):
         return {"mode": self.mode, **used, **context.settings}
 
 
+def check_density(
+    in_channels: int,
+    mode: str,
+    linear_components: int,
+    orders: int,
+    covariance: str,
+    rank: int,
+    shrinkage: float | None,
+) -> None:
+    """Refuse what no :class:`SpatialARDensity` of ``in_channels`` channels can be made with.
+
+    Raises:
+        BundleError: for an unknown mode or covariance, or a number out of range.
+    """
+    check_choice("density mode", mode, CONTEXTS)
+    check_choice("covariance", covariance, COVARIANCES)
+    check(orders in ORDERS, "orders", orders, "1, 2 or 4")
+    check(rank >= 1, "rank", rank, "at least 1")
+    check(shrinkage is None or 0 <= shrinkage <= 1, "shrinkage", shrinkage, "null, or 0 to 1")
+    check(
+        0 <= linear_components <= in_channels,
+        "linear_components",
+        linear_components,
+        f"0 to {in_channels}, the channels of the embeddings",
+    )
+    for name, value, only in (("linear_components", linear_components, 0), ("orders", orders, 1)):
+        blind = not CONTEXTS[mode].looks
+        check(not blind or value == only, name, value, f"mode '{mode}' looks at no other patch: give {only}")
+
+
 def squared_error(prediction: Tensor, features: Tensor) -> Tensor:
     """The patch map of the paper: squared error averaged over channels, [B, C, H, W] twice to [B, H, W]."""
     return F.mse_loss(prediction, features, reduction="none").mean(dim=1)
@@ -279,7 +297,7 @@ def load_paper_checkpoint(path: str | os.PathLike, dilations: Sequence[int]) -> 
     if not os.path.isfile(path):
         raise BundleError(f"no checkpoint at '{path}': give the path of the authors' .pth file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
+        state = read_plain(path)["model_state_dict"]
         weights = [state[f"net.{2 * i}.weight"] for i in range(sum(key.endswith(".weight") for key in state))]
     except Exception as error:
         raise BundleError(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bundle.errors import BundleError, check_choice
+from bundle.files import check_hash
 from bundle.networks.backbones import BACKBONES
 
 FOLDER_VARIABLES = ("BACKBONE_WEIGHTS", "DINOV3_WEIGHTS")  # the second is the name of old
@@ -73,7 +74,7 @@ def load_backbone(
             raise BundleError(f"weights 'random' have no file of SHA-256 '{weights_sha256}': leave out weights_sha256")
         network = _build(source.backbone, timm_kwargs)
         return network, source, f"random:{weights_id(network)}"
-    _check_hash(source.path, weights_sha256)
+    check_hash(source.path, weights_sha256, "weights_sha256")
     state = read_tensors(source.path)
     network = _build(source.backbone, timm_kwargs)
     publisher = _load(network, state, source)
@@ -110,6 +111,20 @@ def weights_id(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def read_plain(path: str | os.PathLike) -> Any:
+    """What ``torch.save`` wrote: tensors and plain values on the CPU, and nothing else.
+
+    Raises:
+        ValueError: if there is more in the file. PyTorch's own words advise to run it then.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if "weights_only" not in str(error):
+            raise
+        raise ValueError("it holds more than tensors and plain values") from None
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` or PyTorch file.
 
@@ -121,7 +136,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_plain(path)
         state = state.get("teacher", state)  # of a checkpoint of Meta's training code
         return {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
     except Exception as error:
@@ -174,17 +189,6 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
 def _few(keys: Iterable[str]) -> str:
     first = sorted(keys)
     return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
-
-
-def _check_hash(path: Path, expected: str | None) -> None:
-    if expected is None:
-        return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected.lower():
-        raise BundleError(
-            f"'{path}' has SHA-256 {found}, but weights_sha256 is {expected}: download it anew, or correct the hash"
-        )
 
 
 def _explicit_file(path: Path) -> Path:

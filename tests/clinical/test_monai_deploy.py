@@ -381,6 +381,13 @@ def test_a_truncated_slice_is_one_line_and_no_result(run_app, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_model_of_another_hash_is_not_run(run_app, packaged, examined, tmp_path):
+    (tmp_path / "model.ts").write_bytes((packaged / "model.ts").read_bytes() + b" ")
+    done = run_app(examined.study, tmp_path / "out", "-m", tmp_path / "model.ts", check=False)
+    assert "is not the model that this application was made with" in error_line(done)
+    assert not list(tmp_path.glob("out/*"))
+
+
 def test_two_studies_are_refused(run_app, tmp_path):
     for number in (1, 2):
         write_series(mr_series(volume_of(), OBLIQUE, identity(number)), tmp_path / "study" / f"{number}")

@@ -14,7 +14,7 @@ from typing import Any
 from bundle.checkpoint import load_checkpoint, trained_settings
 from bundle.errors import BundleError
 from bundle.exports import export_torchscript
-from bundle.files import whole_files
+from bundle.files import file_sha256, whole_files
 from bundle.model import make_detector
 from scripts.integrations.monai_deploy.recipe import embedded_configs
 from scripts.integrations.monai_deploy.study import StudyDetector
@@ -41,7 +41,8 @@ def make_application(
 ) -> Path:
     """Write ``application/`` and ``model.ts`` to ``output_dir``, in place of what an earlier call left there.
 
-    The settings of the model are those of the checkpoint: data, checked by the parts that they are for.
+    The settings of the model are those of the checkpoint: data, checked where they are read. The application knows the
+    hash of ``model.ts``, which is a program, and runs no other.
 
     Args:
         checkpoint: ``model.pt`` of a training.
@@ -61,12 +62,13 @@ def make_application(
     configs = embedded_configs(
         [CONFIGS / "inference.json", CONFIGS / "monai_deploy.json"],
         CONFIGS / "metadata.json",
-        {"settings": settings, "device": "cpu"},
+        {"checkpoint": os.path.abspath(checkpoint), "device": "cpu"},
     )
     study = StudyDetector(detector, settings["slice_range"], settings["min_foreground"], batch_size)
     with whole_files(output_dir, stale=["application"]) as folder:
         write_model(study, folder / "model.ts", configs)
         copy_application(folder / "application")
+        vouch(folder / "model.ts", folder / "application" / "model.sha256")
     return Path(output_dir) / "application"
 
 
@@ -86,6 +88,11 @@ def copy_application(target: Path) -> None:
         copied = target / "bundle" / module
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / "bundle" / module, copied)
+
+
+def vouch(model: Path, target: Path) -> None:
+    """Write the hash of ``model``, the one program that the application runs, as ``sha256sum -c`` reads it."""
+    target.write_text(f"{file_sha256(model)}  {model.name}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

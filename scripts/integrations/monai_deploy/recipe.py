@@ -57,7 +57,7 @@ def embedded_configs(configs: list[Path], metadata: Path, items: dict[str, Any])
     Args:
         configs: config files; later ones overlay earlier ones.
         metadata: ``metadata.json``.
-        items: values in place of items in the files: ``settings`` of the model, ...
+        items: values in place of items in the files: the path of the ``checkpoint``, ...
 
     Raises:
         BundleError: if something would not resolve without this bundle.

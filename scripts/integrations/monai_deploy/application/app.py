@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from operators import FOUND, IMAGE, OURS, SELECTED, STUDIES, ResultWriter, Serie
 from bundle.errors import BundleError, user_error
 
 CONFIG = Path(__file__).with_name("app.yaml")
+MODEL_HASH = Path(__file__).with_name("model.sha256")
 SETTINGS = ("selections", "worst_slices")
 
 
@@ -82,6 +84,25 @@ class _Private(logging.Filter):
         return record.name.startswith(OURS) or logging.getLogger().level <= logging.DEBUG
 
 
+def check_model(model: Path, vouched: Path = MODEL_HASH) -> None:
+    """Refuse a model that this application was not made with: TorchScript is a program, and can do anything.
+
+    Args:
+        model: that is about to be loaded.
+        vouched: a file that begins with its SHA-256 (hex).
+
+    Raises:
+        BundleError: if the hash is another one, or not known.
+    """
+    with model.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if not vouched.is_file() or vouched.read_text().split()[:1] != [found]:
+        raise BundleError(
+            f"'{model}' is not the model that this application was made with, and TorchScript is a program, which can "
+            f"read and write any file: make both anew, or write its SHA-256 into '{vouched}' if you know who made it"
+        )
+
+
 def start(argv: list[str]) -> int:
     """Run the application with the arguments of a command line; what is wrong with them or the study is said in a line.
 
@@ -115,5 +136,7 @@ def run(argv: list[str]) -> None:
         raise BundleError(f"no folder at '{context.input_path}': give that of a study with --input")
     if not context.models:
         raise BundleError(f"no model at '{context.model_path}': give --model model.ts")
+    for _, model in context.models.items():
+        check_model(Path(model.path))
     config = read_config(Path(os.environ.get("HOLOSCAN_CONFIG_PATH") or CONFIG))
     AnomalyApplication(context, config).run()

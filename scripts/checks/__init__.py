@@ -1,0 +1,1 @@
+"""Checks of files that came from others, before anything in them runs."""
