@@ -145,8 +145,8 @@ def find_inputs(
         tables: the tables.
 
     Raises:
-        BundleError: if there is no image, a link leads out of ``dataset_dir``, an image lies in ``output_dir``, or where a result may be written stands what
-            no earlier run has left there.
+        BundleError: if there is no image, a link leads out of ``dataset_dir``, an image lies in ``output_dir``, or
+            where a result may be written stands what no earlier run has left there.
     """
     manifest = Manifest(output_dir)
     folder = os.path.realpath(output_dir)
