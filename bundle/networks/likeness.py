@@ -175,7 +175,7 @@ class CaseLikeness(nn.Module):
         super().__init__()
         for name in ("picture_threshold", "volume_threshold"):
             self.register_buffer(name, torch.full((), float("inf")))
-        self.register_buffer("unlike_rate", torch.zeros(()))
+        self.register_buffer("unlike_rate", torch.zeros((), dtype=torch.float64))
         self.register_buffer("healthy_scores", torch.zeros(KEPT))
         self.register_buffer("healthy_unlikeness", torch.zeros(KEPT))
         self.register_buffer("summary", torch.zeros(0, dtype=torch.uint8))
