@@ -23,6 +23,7 @@ from bundle.provenance import data_words, model_words
 from bundle.results import CaseResult
 from bundle.tracking import Tracker
 
+TEST_COLUMNS = ("name", "label", "score", "in_distribution", "unlike", "model", "data")
 EXAMPLES = {0: 2, 1: 4}  # how many healthy and anomalous images are shown
 
 
@@ -81,7 +82,9 @@ class EvaluationReport:
         state: Any = engine.state
         for case, output in zip(state.batch, state.output, strict=True):
             result = CaseResult.from_output({**case, **output}, self.detector)
-            self.rows.append({"name": result.name, "label": int(case["label"]), "score": result.score})
+            like = None if result.unlike is None else int(not result.unlike)
+            found = {"score": result.score, "in_distribution": like, "unlike": result.warning}
+            self.rows.append({"name": result.name, "label": int(case["label"])} | found)
             if result.name in self.shown:
                 worst = result.worst_position
                 self.examples.append(
@@ -116,13 +119,14 @@ class EvaluationReport:
                 "healthy": sum(not row["label"] for row in self.rows),
                 "anomalous": sum(row["label"] for row in self.rows),
             },
+            "unlike_training_data": _unlike_shares(self.rows, self.detector),
             "protocol": protocol,
             "model": model,
             "data": self.data_words,
             "identity": self.detector.describe(),
         }
         rows = [{**row, "model": model, "data": self.data_words} for row in self.rows]
-        write_csv(self.output_dir / "test_scores.csv", rows, ["name", "label", "score", "model", "data"])
+        write_csv(self.output_dir / "test_scores.csv", rows, TEST_COLUMNS)
         row = {**metrics, "threshold": threshold, **protocol, "model": model, "data": self.data_words}
         write_csv(self.output_dir / "metrics.csv", [row], list(row))
         figures = {"test_examples.png": gallery(self.examples, threshold, title)} if self.examples else {}
@@ -146,6 +150,8 @@ class EvaluationReport:
         ]
         protocol = ", ".join(f"{key} {value}" for key, value in report["protocol"].items() if value is not None)
         images = f"{report['images']['healthy']} healthy and {report['images']['anomalous']} anomalous test images"
+        if any(row["unlike"] for row in self.rows):
+            images += f", {sum(bool(row['unlike']) for row in self.rows)} of them unlike the training data"
         lies = f"metrics.json, metrics.csv, test_scores.csv and figures are in {self.output_dir.resolve()}"
         return "\n".join([rule, report["model"], report["data"], images, rule, *numbers, rule, protocol, lies, rule])
 
@@ -180,6 +186,20 @@ def metric_input(output: list[dict[str, Any]]) -> tuple[list[Any], list[Any], li
     maps = [case["metric_map"][0].movedim(-1, 0) for case in output]
     masks = [case["metric_mask"][0].movedim(-1, 0) if "metric_mask" in case else None for case in output]
     return maps, masks, [CaseResult.from_output(case).score for case in output], [case["label"] for case in output]
+
+
+def _unlike_shares(rows: list[dict[str, Any]], detector: Detector) -> dict[str, float | None]:
+    """The shares of healthy and anomalous test images that are called unlike the training data, and the wanted one.
+
+    None where the model cannot tell, or a class is missing.
+    """
+    shares: dict[str, float | None] = {}
+    for name, label in (("healthy", 0), ("anomalous", 1)):
+        told = [
+            not row["in_distribution"] for row in rows if row["label"] == label and row["in_distribution"] is not None
+        ]
+        shares[name] = sum(told) / len(told) if told else None
+    return shares | {"wanted": float(detector.case_likeness.unlike_rate) if detector.case_likeness.knows else None}
 
 
 def _finite(value: float) -> float | None:

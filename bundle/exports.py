@@ -36,6 +36,7 @@ from bundle.model import agreed_settings
 from bundle.networks.backbones import BACKBONES
 from bundle.networks.detector import AnomalyDetector, Detection
 from bundle.networks.features import CPU_PIXELS
+from bundle.networks.likeness import CaseLikeness
 from bundle.networks.neighbors import SlicePooling
 from bundle.provenance import model_words
 
@@ -59,6 +60,8 @@ _OPSET = 18
 _PROTOBUF_LIMIT = 2**31 - 2**24  # bytes of one ONNX file, less 16 MiB for its graph
 _OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _POOLING = "slice_pooling"
+_LIKENESS = "case_likeness"
+_STATES = (_POOLING, _LIKENESS)  # parts that come after the graph
 _PASSPORT = "passport.json"  # what a TorchScript archive says of itself, beside its program
 _LONGEST_PASSPORT = 2**20  # bytes
 _SECTION = "framework"  # of rt_info, where OpenVINO keeps the metadata of an ONNX file
@@ -76,16 +79,18 @@ class ExportGraph(nn.Module):
         self.detector = copy.deepcopy(detector).float().cpu().eval()
         self.detector.features.cpu_pixels = 0  # batches are not split
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Anomaly map [B, 1, H, W], image score [B] and patch map [B, h, w] of ``image`` [B, 1 or 3, H, W]."""
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What :class:`Detection` has of ``image`` [B, 1 or 3, H, W], in its order."""
         # index 2 does not exist in an image of two channels: the runtime refuses it
         channels = torch.arange(3, device=image.device) * torch.sym_min(image.shape[1] - 1, 1)
         resized = resize_by_matrices(image, self.detector.image_size)[:, channels]
-        patch_map, inside = self.detector.score_patches(self.detector.embed_resized(resized))
+        maps = self.detector.embed_resized(resized)
+        patch_map, inside = self.detector.score_patches(maps)
         anomaly_map = F.interpolate(
             patch_map.unsqueeze(1), [image.shape[-2], image.shape[-1]], mode="bilinear", align_corners=False
         )
-        return anomaly_map, self.detector.image_score(patch_map, inside), patch_map
+        unlikeness = self.detector.unlikeness(maps, patch_map, inside)
+        return anomaly_map, self.detector.image_score(patch_map, inside), patch_map, unlikeness
 
 
 def resize_by_matrices(image: Tensor, size: Sequence[int]) -> Tensor:
@@ -199,8 +204,12 @@ def _passport(detector: AnomalyDetector) -> dict[str, str]:
     return {
         "identity": json.dumps(detector.describe(), sort_keys=True),
         **{name: repr(float(getattr(detector, name))) for name in CALIBRATION},
-        _POOLING: json.dumps({name: value.tolist() for name, value in detector.slice_pooling.state_dict().items()}),
+        **{part: _as_json(getattr(detector, part).state_dict()) for part in _STATES},
     }
+
+
+def _as_json(state: Mapping[str, Tensor]) -> str:
+    return json.dumps({name: value.tolist() for name, value in state.items()})
 
 
 @contextmanager
@@ -259,15 +268,16 @@ class Runner(NamedTuple):
     Attributes:
         identity: as :meth:`AnomalyDetector.describe` gives it.
         calibration: thresholds of patches and of images, and the rates that they were wanted for.
-        pooling: the state of :class:`~bundle.networks.neighbors.SlicePooling`; empty in files from before it.
+        states: of :class:`~bundle.networks.neighbors.SlicePooling` and :class:`CaseLikeness`, by their names; empty in
+            files from before them.
         run: gives the outputs of :class:`Detection`, in its order, of images [B, 1 or 3, H, W], once the device and the
-            precision are known.
+            precision are known; the first three in files from before the fourth.
         is_program: whether the file can do more than compute.
     """
 
     identity: dict[str, Any]
     calibration: Sequence[Tensor]
-    pooling: Mapping[str, Tensor]
+    states: Mapping[str, Mapping[str, Tensor]]
     run: Callable[[Compute], Callable[[Tensor], Sequence[Tensor]]]
     is_program: bool = False
 
@@ -298,8 +308,11 @@ class ExportedDetector(nn.Module):
         self.slice_pooling = SlicePooling(
             *(self.settings[name] for name in ("slice_pooling", "image_score", "score_scale"))
         )
-        if runner.pooling:
-            self.slice_pooling.load_state_dict(runner.pooling)
+        self.case_likeness = CaseLikeness()
+        for name, kept in runner.states.items():
+            part = getattr(self, name)
+            if kept:  # TorchScript keeps more than a checkpoint
+                part.load_state_dict({key: kept[key].to(value.dtype) for key, value in part.state_dict().items()})
         self.slice_pooling.to(compute.device)
         self._run = runner.run(compute)
         self._identity = runner.identity
@@ -323,7 +336,11 @@ class ExportedDetector(nn.Module):
         height, width = self.image_size
         parts = [image] if image.is_cuda else image.split(max(1, CPU_PIXELS // (height * width)))
         outputs = zip(*(self._run(part) for part in parts), strict=True)
-        return Detection(*(torch.cat(output).to(image.device) for output in outputs))
+        found = [torch.cat(output).to(image.device) for output in outputs]
+        found += [torch.zeros_like(found[1])] * (
+            len(OUTPUTS) - len(found)
+        )  # of an earlier version: nothing is compared
+        return Detection(*found)
 
     def forward(self, image: Tensor) -> Tensor:
         """The anomaly map [B, 1, H, W] of ``image`` [B, 1 or 3, H, W] in [0, 1]."""
@@ -421,9 +438,12 @@ def _read_onnx(file: Path) -> Runner:
 
     def runs(compute: Compute) -> Callable[[Tensor], list[Tensor]]:
         session = session_on(compute.device) if compute.device.type == "cuda" else on_cpu
+        names = [output.name for output in session.get_outputs()]
 
         def run(image: Tensor) -> list[Tensor]:
-            outputs = session.run(list(OUTPUTS), {INPUT: image.detach().float().cpu().numpy()})
+            outputs = session.run(
+                [name for name in OUTPUTS if name in names], {INPUT: image.detach().float().cpu().numpy()}
+            )
             return [torch.from_numpy(output) for output in outputs]
 
         return run
@@ -436,7 +456,7 @@ def _read_openvino(file: Path) -> Runner:
     model = openvino.Core().read_model(file)
     if not model.has_rt_info([_SECTION, "identity"]):
         raise ValueError("it has no identity")
-    keys = [key for key in ("identity", *CALIBRATION, _POOLING) if model.has_rt_info([_SECTION, key])]
+    keys = [key for key in ("identity", *CALIBRATION, *_STATES) if model.has_rt_info([_SECTION, key])]
     passport = {key: model.get_rt_info([_SECTION, key]).astype(str) for key in keys}
 
     def runs(compute: Compute) -> Callable[[Tensor], list[Tensor]]:
@@ -447,10 +467,11 @@ def _read_openvino(file: Path) -> Runner:
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
         compiled = openvino.Core().compile_model(model, "CPU", settings)
+        names = {name for output in compiled.outputs for name in output.names}
 
         def run(image: Tensor) -> list[Tensor]:
             outputs = compiled({INPUT: image.detach().float().cpu().contiguous().numpy()})
-            return [torch.from_numpy(outputs[name].copy()) for name in OUTPUTS]
+            return [torch.from_numpy(outputs[name].copy()) for name in OUTPUTS if name in names]
 
         return run
 
@@ -468,9 +489,10 @@ def _from_passport(
     if "identity" not in passport:
         raise ValueError("it has no identity")
     calibration = {name: torch.tensor(float(passport[name]), dtype=torch.float64) for name in CALIBRATION}
-    pooling = {name: torch.tensor(value) for name, value in json.loads(passport.get(_POOLING, "{}")).items()}
-    check_numbers(calibration | pooling)
-    return Runner(checked_identity(json.loads(passport["identity"])), list(calibration.values()), pooling, runs)
+    kept = {part: json.loads(passport.get(part, "{}")) for part in _STATES}
+    states = {part: {name: torch.tensor(value) for name, value in state.items()} for part, state in kept.items()}
+    check_numbers(calibration | {f"{part}.{name}": value for part in states for name, value in states[part].items()})
+    return Runner(checked_identity(json.loads(passport["identity"])), list(calibration.values()), states, runs)
 
 
 _READERS = {".ts": _read_torchscript, ".onnx": _read_onnx, ".xml": _read_openvino}

@@ -82,18 +82,19 @@ def checked_identity(identity: object, with_others: bool = False) -> dict[str, A
 def check_numbers(tensors: Mapping[str, Any]) -> None:
     """Refuse weights, scores, thresholds and rates of a model that are no numbers.
 
-    A model that is not calibrated has infinite thresholds, and for these no rates.
+    A model that is not calibrated has infinite thresholds, and for these no rates. Other thresholds may be infinite.
 
     Args:
         tensors: by name, those of a state dict; other values are passed over.
 
     Raises:
-        BundleError: for NaN, infinity, or a rate that is none.
+        BundleError: for NaN, infinity in what is no threshold, or a rate that is none.
     """
     for name, tensor in tensors.items():
         if name in CALIBRATION or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
-        if not torch.isfinite(tensor).all():
+        known = ~torch.isnan(tensor) if name.endswith("_threshold") else torch.isfinite(tensor)
+        if not known.all():
             raise BundleError(f"its '{name}' is not finite")
     for rate, threshold in (("false_positive_rate", "threshold"), ("image_false_positive_rate", "image_threshold")):
         if threshold in tensors:

@@ -52,17 +52,20 @@ class SliceBatchInferer(Inferer):
         """What the detector ``network`` finds in images or volumes, one by one.
 
         Returns:
-            ``map`` [B, 1, H, W] or [B, 1, H, W, slices], on the grid of ``inputs``, ``slice_scores`` and
-            ``slice_counts`` [B, slices], see :meth:`join`.
+            ``map`` [B, 1, H, W] or [B, 1, H, W, slices], on the grid of ``inputs``, ``slice_scores``, ``slice_counts``
+            and ``slice_unlikeness`` [B, slices], see :meth:`join`.
         """
         images = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         stacks = images if images.ndim == 5 else images[..., None]
         slices = stacks.movedim(-1, 1).flatten(0, 1)
         detections = [self.detect(batch, network) for batch in slices.split(self.batch_size)]
-        patch_maps = torch.cat([detection.patch_map for detection in detections]).unflatten(0, (len(stacks), -1))
-        scores = torch.cat([detection.image_score for detection in detections]).view(len(stacks), -1)
+        patch_maps, scores, unlikeness = (
+            torch.cat([getattr(detection, name) for detection in detections]).unflatten(0, (len(stacks), -1))
+            for name in ("patch_map", "image_score", "unlikeness")
+        )
         spacing = slice_spacing(inputs) if isinstance(inputs, MetaTensor) else 0.0
-        cases = [self.join(*parts, network, spacing) for parts in zip(stacks, patch_maps, scores, strict=True)]
+        parts = zip(stacks, patch_maps, scores, unlikeness, strict=True)
+        cases = [self.join(*part, network, spacing) for part in parts]
         joined = {key: torch.stack([case[key] for case in cases]) for key in cases[0]}
         joined["map"] = joined["map"].view(*images.shape[:1], 1, *images.shape[2:])
         if isinstance(inputs, MetaTensor):
@@ -85,7 +88,13 @@ class SliceBatchInferer(Inferer):
 
     @torch.inference_mode()
     def join(
-        self, stack: Tensor, patch_maps: Tensor, slice_scores: Tensor, network: Detector, spacing: float = 0.0
+        self,
+        stack: Tensor,
+        patch_maps: Tensor,
+        slice_scores: Tensor,
+        slice_unlikeness: Tensor,
+        network: Detector,
+        spacing: float = 0.0,
     ) -> dict[str, Tensor]:
         """One case from its slices, which the ``network`` pools.
 
@@ -93,13 +102,14 @@ class SliceBatchInferer(Inferer):
             stack: [C, H, W, slices] in [0, 1].
             patch_maps: [slices, h, w], of each slice alone.
             slice_scores: [slices], of each slice alone.
+            slice_unlikeness: [slices], of each slice.
             network: the detector that gave them.
             spacing: of the slices, in mm; 0 where it is not known: then each stays alone.
 
         Returns:
-            ``map`` [1, H, W, slices], ``patch_map`` [1, h, w, slices], ``slice_scores`` [slices] and ``slice_counts``
-            [slices] bool, whether each may make the score of the case: :class:`~bundle.results.CaseResult` tells what
-            follows.
+            ``map`` [1, H, W, slices], ``patch_map`` [1, h, w, slices], ``slice_scores`` [slices], ``slice_counts``
+            [slices] bool, whether each may make the score of the case, and ``slice_unlikeness`` [slices]:
+            :class:`~bundle.results.CaseResult` tells what follows.
         """
         counting = self.choose(stack) or range(stack.shape[-1])
         counts = torch.tensor([index in counting for index in range(len(slice_scores))])
@@ -111,6 +121,7 @@ class SliceBatchInferer(Inferer):
             "patch_map": patch_maps.movedim(0, -1)[None],
             "slice_scores": slice_scores,
             "slice_counts": counts,
+            "slice_unlikeness": slice_unlikeness,
         }
 
 
@@ -125,8 +136,9 @@ def detect_slices(engine: Engine, batch: list[Slice]) -> list[dict[str, Any]]:
         detection = evaluator.inferer.detect(torch.stack([image for image, _ in batch]), evaluator.network)
     evaluator.fire_event(IterationEvents.FORWARD_COMPLETED)
     completed = []
-    for (_, case), patch_map, score in zip(batch, detection.patch_map.cpu(), detection.image_score.cpu(), strict=True):
-        case.done.append((patch_map, score))
+    found = (detection.patch_map.cpu(), detection.image_score.cpu(), detection.unlikeness.cpu())
+    for (_, case), *values in zip(batch, *found, strict=True):
+        case.done.append(values)
         if case.complete:
             completed.append(case)
     evaluator.state.batch = [dict(case.item) for case in completed]
@@ -135,10 +147,10 @@ def detect_slices(engine: Engine, batch: list[Slice]) -> list[dict[str, Any]]:
     return evaluator.state.output
 
 
-def _output(case: dict[str, Any], slices: list[tuple[Tensor, Tensor]], evaluator: Any) -> dict[str, Any]:
+def _output(case: dict[str, Any], slices: list[list[Tensor]], evaluator: Any) -> dict[str, Any]:
     image: MetaTensor = case[CommonKeys.IMAGE]
-    patch_maps, scores = (torch.stack(values) for values in zip(*slices, strict=True))
-    joined = evaluator.inferer.join(image.as_tensor(), patch_maps, scores, evaluator.network, slice_spacing(image))
+    found = (torch.stack(values) for values in zip(*slices, strict=True))
+    joined = evaluator.inferer.join(image.as_tensor(), *found, evaluator.network, slice_spacing(image))
     joined["map"] = MetaTensor(joined["map"], meta=image.meta, applied_operations=image.applied_operations)
     output: dict[str, Any] = {CommonKeys.IMAGE: image, CommonKeys.PRED: joined}
     return output | ({CommonKeys.LABEL: case[CommonKeys.LABEL]} if CommonKeys.LABEL in case else {})

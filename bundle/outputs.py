@@ -61,7 +61,7 @@ class Table(ABC):
 
 
 class ScoreTable(Table):
-    """A line for each input."""
+    """A line for each input, which says of all together whether they drift from healthy validation cases."""
 
     file = "scores.csv"
     columns = (
@@ -74,6 +74,9 @@ class ScoreTable(Table):
         "anomalous_share",
         "threshold",
         "image_threshold",
+        "in_distribution",
+        "unlike",
+        "drift",
         "model",
         "data",
     )
@@ -93,10 +96,32 @@ class ScoreTable(Table):
                 "anomalous_share": float(result.mask.mean()),
                 "threshold": result.threshold,
                 "image_threshold": result.image_threshold,
+                "in_distribution": None if result.unlike is None else int(not result.unlike),
+                "unlike": result.warning,
                 "model": self.settings.model,
                 "data": self.settings.data,
             }
         ]
+
+    def __init__(self, settings: OutputSettings) -> None:
+        super().__init__(settings)
+        self.of_kind: list[tuple[float, float]] = []  # score and unlikeness
+
+    def add(self, result: CaseResult) -> None:
+        """Add the row of ``result``, and what a drift is looked for in, if it is of the kind of validation cases."""
+        super().add(result)
+        of_volumes = self.settings.detector.case_likeness.learned.of_volumes
+        if result.unlike is not None and (len(result.slice_counts) > 1) == of_volumes:
+            self.of_kind.append((result.score, result.unlikeness))
+
+    def gathered(self) -> list[Row]:
+        """The rows of all processes, in order, with the drift."""
+        values = list(chain(*gather(self.of_kind)))
+        scores, unlikeness = zip(*values, strict=True) if values else ((), ())
+        drift = self.settings.detector.case_likeness.drift(scores, unlikeness)
+        if drift and idist.get_rank() == 0:
+            logger.warning(f"the cases of this run drift, or many of them are anomalous: {drift}")
+        return [row | {"drift": drift} for row in super().gathered()]
 
 
 class SliceTable(Table):
@@ -200,6 +225,7 @@ class DetectionSaver:
         preprocessing: of the images, invertible; needed for DICOM objects.
         write_dicom: write DICOM objects; cases must have passed :class:`~bundle.transforms.RequireDicomd`.
         worst_slices: how many slices ``scores.csv`` and the DICOM report name.
+        segment_unlike: write the DICOM segmentation of a case that is unlike the training data, too.
         on_error: ``raise``, or ``skip``: warn of results that cannot be written, count them, and go on.
         writers: the formats.
         tables: the tables, that of all inputs first.
@@ -218,6 +244,7 @@ class DetectionSaver:
         preprocessing: Any = None,
         write_dicom: bool = False,
         worst_slices: int = 3,
+        segment_unlike: bool = False,
         on_error: str = "raise",
         writers: Sequence[type[Writer]] = WRITERS,
         tables: Sequence[type[Table]] = TABLES,
@@ -232,7 +259,7 @@ class DetectionSaver:
         self.skips = check_choice("on_error", on_error, ("raise", "skip")) == "skip"
         self.skipped = 0
         self.settings = OutputSettings(
-            detector, data_words(dataset_dir), model_file, preprocessing, write_dicom, worst_slices
+            detector, data_words(dataset_dir), model_file, preprocessing, write_dicom, worst_slices, segment_unlike
         )
         self.writers = [writer(self.settings) for writer in writers]
         self.tables = [table(self.settings) for table in tables]
@@ -240,6 +267,7 @@ class DetectionSaver:
     def attach(self, engine: Engine) -> None:
         """Register with the inference engine."""
         engine.add_event_handler(Events.STARTED, self.check_tables)
+        engine.add_event_handler(Events.STARTED, self.tell_what_is_unknown)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.save_batch)
         engine.add_event_handler(Events.COMPLETED, self.save_tables)
 
@@ -247,6 +275,13 @@ class DetectionSaver:
         """Refuse, before any work, to replace tables that are no results."""
         for table in self.tables:
             self.manifest.check_owned(table.file)
+
+    def tell_what_is_unknown(self) -> None:
+        """Say once that a model cannot tell what is unlike its training data."""
+        if not self.settings.detector.case_likeness.knows and idist.get_rank() == 0:
+            logger.info(
+                "the model keeps no summary of its training data, so no input is compared with them: train anew"
+            )
 
     def save_batch(self, engine: Engine) -> None:
         """Write the files of the current batch."""
@@ -269,6 +304,8 @@ class DetectionSaver:
             data: see :meth:`bundle.results.CaseResult.from_output`.
         """
         result = CaseResult.from_output(data, self.settings.detector)
+        if result.unlike:
+            logger.warning(f"'{result.name}' is unlike the training data, its map may mean nothing: {result.warning}")
         target = self.output_dir / result.name
         place, left = PurePosixPath(result.name).parent, self._left(result.name)
         stale = [str(PurePosixPath(file).relative_to(place)) for file in left]

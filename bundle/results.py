@@ -37,6 +37,18 @@ class SliceResult:
     counts: bool
 
 
+class Unlike(NamedTuple):
+    """One reason why a case is unlike the training data, so that its map may mean nothing.
+
+    Attributes:
+        kind: ``modality``, ``sequence``, ``contrast``, ``kernel``, ``scheme`` or ``appearance``.
+        words: for people.
+    """
+
+    kind: str
+    words: str
+
+
 class RestoredMap(NamedTuple):
     """An anomaly map on the axes of its file.
 
@@ -68,6 +80,9 @@ class CaseResult:
         threshold: of the map; what exceeds it is the mask.
         image_threshold: of the score.
         on_file: the map on the axes of the file; None where nothing has brought it back.
+        unlike: why it is unlike the training data; empty if it is like them; None where the model cannot tell.
+        unlikeness: in deviations above healthy slices, the median of the slices that count; not a number where the
+            model cannot tell.
     """
 
     name: str
@@ -78,6 +93,8 @@ class CaseResult:
     threshold: float = float("inf")
     image_threshold: float = float("inf")
     on_file: RestoredMap | None = None
+    unlike: tuple[Unlike, ...] | None = None
+    unlikeness: float = float("nan")
 
     @classmethod
     def from_output(cls, data: Mapping[str, Any], detector: Any = None) -> CaseResult:
@@ -85,20 +102,29 @@ class CaseResult:
 
         Args:
             data: with ``image`` and ``pred_map`` as the network saw them, ``pred_slice_scores``, ``pred_slice_counts``,
-                and, if they are there, ``name`` and ``pred_map_restored``, the map on the axes of the file.
-            detector: with ``threshold`` and ``image_threshold``; None: there is no threshold.
+                and, if they are there, ``name``, ``pred_map_restored``, the map on the axes of the file, and
+                ``pred_slice_unlikeness``.
+            detector: with ``threshold``, ``image_threshold`` and ``case_likeness``; None: there is no threshold.
         """
         seen, restored = data["pred_map"], data.get("pred_map_restored")
+        counts = _array(data["pred_slice_counts"]).astype(bool)
+        likeness = getattr(detector, "case_likeness", None)
+        unlike, unlikeness = None, float("nan")
+        if likeness is not None and likeness.knows and "pred_slice_unlikeness" in data:
+            unlikeness = float(np.median(_array(data["pred_slice_unlikeness"])[counts]))
+            unlike = likeness.reasons(unlikeness, len(counts) > 1, data["image"].meta)
         path = str(seen.meta["filename_or_obj"])
         return cls(
             name=str(data.get("name", path)),
             path=path,
             anomaly_map=_array(seen),
             slice_scores=_array(data["pred_slice_scores"]),
-            slice_counts=_array(data["pred_slice_counts"]).astype(bool),
+            slice_counts=counts,
             threshold=float("inf") if detector is None else float(detector.threshold),
             image_threshold=float("inf") if detector is None else float(detector.image_threshold),
             on_file=None if restored is None else _on_file(restored, data["image"]),
+            unlike=unlike,
+            unlikeness=unlikeness,
         )
 
     @cached_property
@@ -116,6 +142,11 @@ class CaseResult:
     def score(self) -> float:
         """Of the case: that of its worst slice."""
         return float(self.slice_scores[self.worst_position])
+
+    @property
+    def warning(self) -> str:
+        """Why the result may mean nothing, in one line; empty if the case is like the training data."""
+        return "; ".join(reason.words for reason in self.unlike or ())
 
     @property
     def restored(self) -> RestoredMap:

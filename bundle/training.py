@@ -28,6 +28,7 @@ from bundle.data.embeddings import EmbeddingDataset
 from bundle.distributed import check_synchronized
 from bundle.errors import BundleError, check, check_choice
 from bundle.networks.detector import AnomalyDetector
+from bundle.networks.likeness import Learned
 from bundle.networks.scores import check_rate, rate_interval
 from bundle.networks.weights import weights_id
 from bundle.tracking import Tracker
@@ -215,6 +216,7 @@ class Calibration:
         patches: about how many patches fits look at.
         false_positive_rate: of healthy patches, in (0, 1), see :meth:`AnomalyDetector.calibrate`.
         image_false_positive_rate: of healthy patients, in (0, 1).
+        unlike_rate: of healthy cases that may be called unlike the training data, in (0, 1).
     """
 
     def __init__(
@@ -228,6 +230,7 @@ class Calibration:
         patches: int = 262144,
         false_positive_rate: float = 0.01,
         image_false_positive_rate: float = 0.05,
+        unlike_rate: float = 0.01,
     ) -> None:
         self.detector = detector
         self.training = training
@@ -240,6 +243,7 @@ class Calibration:
             check_rate("false_positive_rate", false_positive_rate),
             check_rate("image_false_positive_rate", image_false_positive_rate),
         )
+        self.unlike_rate = check_rate("unlike_rate", unlike_rate)
 
     def attach(self, engine: Engine) -> None:
         """Register with the trainer."""
@@ -250,9 +254,17 @@ class Calibration:
         self.compute.run(self.detector.fit_after_training, self.training.batches(self.patches))
         validation = self.validation
         self.compute.run(
-            self.detector.calibrate, validation.batches(), validation.patients, *self.rates, validation.volumes
+            self.detector.calibrate,
+            validation.batches(),
+            validation.patients,
+            *self.rates,
+            validation.volumes,
+            self.unlike_rate,
         )
         logger.info(self.promise())
+        patients = len(set(validation.patients))
+        self.detector.case_likeness.remember(Learned(self.training.words(), patients, bool(validation.volumes)))
+        logger.info(self.detector.case_likeness.promise())
         nats = self.compute.run(self.detector.healthy_log_likelihood, self.validation.batches())
         logger.info(f"the healthy validation images have a log-likelihood of {nats:.2f} nats per foreground patch")
         save_checkpoint(self.detector, self.path)

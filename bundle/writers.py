@@ -55,6 +55,7 @@ class OutputSettings:
         preprocessing: of the images; its inverse brings them back to the axes of their files.
         write_dicom: whether DICOM objects are wanted.
         worst_slices: how many slices are named.
+        segment_unlike: whether a case that is unlike the training data gets a DICOM segmentation.
     """
 
     detector: Detector
@@ -63,6 +64,7 @@ class OutputSettings:
     preprocessing: Any = None
     write_dicom: bool = False
     worst_slices: int = 3
+    segment_unlike: bool = False
 
     @cached_property
     def model(self) -> str:
@@ -158,12 +160,13 @@ class OverlayWriter(Writer):
         worst = result.slices[result.worst_position]
         instance = f" (instance {worst.instance})" if worst.instance is not None else ""
         place = f" slice {worst.index}{instance}" if len(result.slices) > 1 else ""
+        warning = f"UNLIKE THE TRAINING DATA: {result.warning}. " if result.unlike else ""
+        score = f"score {result.score:.2f}, threshold {result.threshold:.2f}"
         overlay(
             picture(image.as_tensor(), worst.position),
             result.anomaly_map[0, ..., worst.position],
             result.threshold,
-            f"{result.name}{place}: score {result.score:.2f}, threshold {result.threshold:.2f}. {self.settings.model}. "
-            f"{self.settings.data}",
+            f"{warning}{result.name}{place}: {score}. {self.settings.model}. {self.settings.data}",
         ).save(f"{stem}_overlay.png")
 
 
@@ -184,7 +187,8 @@ class DicomWriter(Writer):
         pictures = blend_slices(stored.numpy(), result.restored.values, result.threshold)
         sources = image.meta["files"].headers()
         try:
-            write_objects(stem, sources, result, pictures, self.algorithm, self.settings.worst_slices)
+            segments = self.settings.segment_unlike or not result.unlike
+            write_objects(stem, sources, result, pictures, self.algorithm, self.settings.worst_slices, segments)
         except BundleError:
             raise
         except Exception as error:  # whose text may hold values of the header

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
@@ -19,7 +20,8 @@ from tqdm import tqdm
 from bundle.compute import Compute
 from bundle.data.cases import Case, add_keys, number_patients, place_of
 from bundle.data.store import EmbeddingStore
-from bundle.data.stream import SliceBatches, positions_of
+from bundle.data.stream import SliceBatches, meta_of, positions_of
+from bundle.dicom.words import facts_of
 from bundle.distributed import gather, shard
 from bundle.errors import BundleError
 from bundle.networks.detector import AnomalyDetector
@@ -119,7 +121,8 @@ class EmbeddingDataset(Dataset[Tensor]):
                     case.done.append(values)
                     if case.complete:
                         key, _ = missing[case.position]
-                        self.store.add(key, torch.stack(case.done), positions_of(case.item))
+                        facts = facts_of(meta_of(case.item))
+                        self.store.add(key, torch.stack(case.done), positions_of(case.item), facts)
                         bar.update()
         self.store.flush()
         return [missing[position][0] for position in batches.skipped]
@@ -147,6 +150,14 @@ class EmbeddingDataset(Dataset[Tensor]):
         """The patient of every slice, as a number from 0, see :func:`~bundle.data.cases.number_patients`."""
         numbers = number_patients(self.data)
         return [number for number, key in zip(numbers, self.keys, strict=True) for _ in range(self.store.count(key))]
+
+    def words(self) -> dict[str, dict[str, int]]:
+        """How many cases have each word that headers and names tell, by kind, see :mod:`bundle.dicom.words`."""
+        found: dict[str, Counter[str]] = {}
+        for key in self.keys:
+            for kind, words in self.store.facts(key).items():
+                found.setdefault(kind, Counter()).update(words)
+        return {kind: dict(counts) for kind, counts in found.items()}
 
     def channel_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation [C] of every channel over all patches."""

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ STORED = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SHARD_BYTES = 2**24  # what waits in memory and what an interruption loses at most; a file that opens fast
 GIGABYTE = 10**9
 POSITIONS = "/mm"  # what the positions of an entry are called, after its key
+FACTS = "/facts"  # and what is known of its image
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class EmbeddingStore:
             raise BundleError(f"cache_limit_gb must be above 0, got {limit_gb}: --cache_dir off keeps nothing")
         self.stored = STORED[check_choice("cache_precision", stored, STORED)]
         self.limit = int(limit_gb * GIGABYTE)
-        self.recipe = {**recipe, "stored": stored, "positions": "mm", "bundle": __version__}
+        self.recipe = {**recipe, "stored": stored, "positions": "mm", "facts": "words", "bundle": __version__}
         self._temporary: tempfile.TemporaryDirectory | None = None
         self.kept = directory not in (None, "off")
         self._directory = Path(str(directory)) if self.kept else Path(temporary)
@@ -110,6 +111,16 @@ class EmbeddingStore:
             positions: list[float] = file.get_tensor(key + POSITIONS).tolist()
             return positions
 
+    def facts(self, key: str) -> dict[str, list[str]]:
+        """What is known of the image of entry ``key``, see :func:`~bundle.dicom.words.facts_of`.
+
+        Raises:
+            BundleError: if the shard has vanished or is damaged.
+        """
+        self._open()
+        with self._opened_shard(key) as file:
+            return dict(json.loads(bytes(file.get_tensor(key + FACTS).tolist())))
+
     @contextmanager
     def _opened_shard(self, key: str) -> Iterator[Any]:
         shard = self._shard_of[key]
@@ -128,13 +139,20 @@ class EmbeddingStore:
             os.utime(shard)
             self._used.add(shard)
 
-    def add(self, key: str, embeddings: Tensor, positions: Tensor | None = None) -> None:
+    def add(
+        self,
+        key: str,
+        embeddings: Tensor,
+        positions: Tensor | None = None,
+        facts: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         """Add an entry; it can be read after the next :meth:`flush`.
 
         Args:
             key: of the entry.
             embeddings: [slices, C, h, w].
             positions: [slices], see :meth:`positions`; None: nobody knows.
+            facts: see :meth:`facts`; None: nothing is known.
 
         Raises:
             BundleError: if a value does not fit into the precision on disk, or the limit is reached.
@@ -146,7 +164,9 @@ class EmbeddingStore:
                 f"{str(self.stored).removeprefix('torch.')}: give --cache_precision fp32"
             )
         nowhere = torch.full((len(values),), torch.nan)
-        self._waiting |= {key: values, key + POSITIONS: nowhere if positions is None else positions.float()}
+        known = torch.tensor(list(json.dumps(facts or {}).encode()), dtype=torch.uint8)
+        where = nowhere if positions is None else positions.float()
+        self._waiting |= {key: values, key + POSITIONS: where, key + FACTS: known}
         if sum(value.nbytes for value in self._waiting.values()) >= SHARD_BYTES:
             self.flush()
 
@@ -207,7 +227,7 @@ class EmbeddingStore:
     def _index(self, shard: Path) -> None:
         try:
             with safe_open(shard, "pt") as file:
-                for key in (name for name in file.keys() if not name.endswith(POSITIONS)):
+                for key in (name for name in file.keys() if not name.endswith((POSITIONS, FACTS))):
                     self._shard_of[key] = shard
                     self._count[key] = file.get_slice(key).get_shape()[0]
         except (OSError, SafetensorError) as error:

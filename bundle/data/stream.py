@@ -154,6 +154,12 @@ def slices_of(item: Any) -> list[Tensor]:
     return list(item["image"].as_tensor().unbind(-1))
 
 
+def meta_of(item: Any) -> dict[str, Any]:
+    """What is known of the image of a case, or of the first slice of a list of slices as cases."""
+    image = item[0]["image"] if isinstance(item, list) else item["image"]
+    return dict(image.meta)
+
+
 def positions_of(item: Any) -> Tensor:
     """Where the slices that :func:`slices_of` gives lie, in mm along their normal, not a number where nobody knows."""
     if isinstance(item, list):

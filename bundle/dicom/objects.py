@@ -32,6 +32,16 @@ ANOMALY_SCORE = Code("anomaly-score", SCHEME, "Anomaly score")
 THRESHOLD = Code("anomaly-threshold", SCHEME, "Threshold of the anomaly score")
 SLICE_SCORE = Code("slice-anomaly-score", SCHEME, "Anomaly score of a slice")
 ABOVE = Code("anomaly-finding", SCHEME, "Score above threshold")
+UNLIKE = Code("unlike-training-data", SCHEME, "Unlike the training data")
+UNLIKE_REASON = Code("unlike-reason", SCHEME, "Reason for being unlike the training data")
+REASONS = {
+    "modality": Code("other-modality", SCHEME, "Another modality than in training"),
+    "sequence": Code("other-sequence", SCHEME, "Another sequence than in training"),
+    "contrast": Code("other-contrast", SCHEME, "Contrast agent, none in training"),
+    "kernel": Code("other-kernel", SCHEME, "Another kernel than in training"),
+    "scheme": Code("other-intensities", SCHEME, "Intensities read in another way than in training"),
+    "appearance": Code("other-appearance", SCHEME, "Looks unlike healthy training images"),
+}
 Z_SCORE = Code("anomaly-z-score", SCHEME, "Z-score among healthy patches")
 _GRAY_LEVELS = 2**16 - 1
 _LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
@@ -63,8 +73,9 @@ def write_objects(
     pictures: np.ndarray,
     algorithm: Algorithm,
     worst_slices: int = 3,
+    with_segmentation: bool = True,
 ) -> None:
-    """Write all objects of a series: ``STEM_seg.dcm``, ``STEM_heatmap.dcm``, ``STEM_report.dcm``, ``STEM_overlay/``.
+    """Write the objects of a series: ``STEM_seg.dcm``, ``STEM_heatmap.dcm``, ``STEM_report.dcm``, ``STEM_overlay/``.
 
     Args:
         stem: path and first part of the names.
@@ -73,13 +84,15 @@ def write_objects(
         pictures: [slices, rows, columns, 3] uint8, the slices under their heat map.
         algorithm: what found the result.
         worst_slices: how many slices the report names; none where the network saw those of another plane.
+        with_segmentation: whether the mask is written, which calls what it marks a lesion.
 
     Raises:
         BundleError: if the images have no position in a patient.
     """
     sources = [_completed(source) for source in sources]
-    mask = segmentation(sources, result.mask.T, algorithm)
-    mask.save_as(MASK_FILE.format(stem))
+    mask = segmentation(sources, result.mask.T, algorithm) if with_segmentation else None
+    if mask is not None:
+        mask.save_as(MASK_FILE.format(stem))
     anomaly_map = result.restored.values.T
     parametric_map(sources, anomaly_map, result.threshold, algorithm).save_as(MAP_FILE.format(stem))
     worst = result.worst(worst_slices) if result.shows_stored_slices else []
@@ -219,16 +232,16 @@ def report(
     sources: Sequence[Dataset],
     result: CaseResult,
     worst: Sequence[SliceResult],
-    mask: Dataset,
+    mask: Dataset | None,
     algorithm: Algorithm,
 ) -> sr.ComprehensiveSR:
-    """A structured report (TID 1500) of the score and the worst slices.
+    """A structured report (TID 1500) of the score, the worst slices, and whether the case is like the training data.
 
     Args:
         sources: of the slices.
         result: with score and threshold.
         worst: the slices to name, the worst first.
-        mask: the segmentation, as evidence.
+        mask: the segmentation, as evidence; None if there is none.
         algorithm: what found the result.
     """
     score, image_threshold = result.score, result.image_threshold
@@ -245,11 +258,7 @@ def report(
             for name, value in ((ANOMALY_SCORE, score), (THRESHOLD, image_threshold))
             if np.isfinite(value)
         ],
-        qualitative_evaluations=[
-            sr.QualitativeEvaluation(name=ABOVE, value=codes.SCT.Yes if score > image_threshold else codes.SCT.No)
-        ]
-        if np.isfinite(image_threshold)
-        else None,
+        qualitative_evaluations=_evaluations(result) or None,
     )
     places = slice_places(sources)
     slices = [
@@ -274,7 +283,7 @@ def report(
         title=codes.DCM.ImagingMeasurementReport,
     )
     written = sr.ComprehensiveSR(
-        evidence=[*sources, mask],
+        evidence=[*sources, *([] if mask is None else [mask])],
         content=content[0],
         is_complete=True,
         manufacturer=MANUFACTURER,
@@ -282,6 +291,17 @@ def report(
     )
     _sign(written, algorithm)
     return written
+
+
+def _evaluations(result: CaseResult) -> list[sr.QualitativeEvaluation]:
+    """What the report says in words, as far as the model can tell."""
+    answers: list[tuple[Code, Code]] = []
+    if np.isfinite(result.image_threshold):
+        answers.append((ABOVE, codes.SCT.Yes if result.score > result.image_threshold else codes.SCT.No))
+    if result.unlike is not None:
+        answers.append((UNLIKE, codes.SCT.Yes if result.unlike else codes.SCT.No))
+        answers += [(UNLIKE_REASON, REASONS[reason.kind]) for reason in result.unlike]
+    return [sr.QualitativeEvaluation(name=name, value=value) for name, value in answers]
 
 
 def _completed(source: Dataset) -> Dataset:

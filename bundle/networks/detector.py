@@ -21,6 +21,7 @@ from bundle.networks.detail import Detailed, DetailScore
 from bundle.networks.features import FeatureNetwork
 from bundle.networks.foreground import Foreground, mean_brightness
 from bundle.networks.gaussian import moments
+from bundle.networks.likeness import CaseLikeness, SliceLikeness
 from bundle.networks.neighbors import PlacedSlices, SlicePooling, Volume
 from bundle.networks.scores import (
     LOWEST,
@@ -62,6 +63,8 @@ class Detection(NamedTuple):
     """[B]."""
     patch_map: Tensor
     """[B, h, w], one value per patch, or per cell of the details."""
+    unlikeness: Tensor
+    """[B], how far each image is from the training data, see :class:`~bundle.networks.likeness.SliceLikeness`."""
 
 
 class Maps(NamedTuple):
@@ -83,6 +86,7 @@ class Detector(Protocol):
     false_positive_rate: Tensor
     image_false_positive_rate: Tensor
     slice_pooling: SlicePooling
+    case_likeness: CaseLikeness
 
     def resize(self, image: Tensor) -> Tensor:
         """Bring ``image`` [B, C, H, W] to the size that the backbone sees."""
@@ -213,6 +217,8 @@ class AnomalyDetector(nn.Module):
         self.normal_scale = NormalScale()
         self.image_score = ImageScore(image_score)
         self.slice_pooling = SlicePooling(slice_pooling, image_score, score_scale)
+        self.slice_likeness = SliceLikeness(reduced)
+        self.case_likeness = CaseLikeness()
         self.lowest = LOWEST
         self.tiles = tiles
         self.standardizes = standardize
@@ -306,6 +312,13 @@ class AnomalyDetector(nn.Module):
         return torch.where(inside, z, torch.full_like(z, self.lowest)), inside
 
     @torch.jit.export
+    def unlikeness(self, maps: Tensor, patch_map: Tensor, inside: Tensor) -> Tensor:
+        """How far images are from the training data, [B], of what :meth:`embed` and :meth:`score_patches` gave."""
+        embeddings, _, brightness = self.unpack(maps)
+        median = self.image_score.statistics(patch_map, inside)[1][:, 0]
+        return self.slice_likeness(self.standardize(embeddings), brightness, self.foreground(brightness), median)
+
+    @torch.jit.export
     def to_cells(self, patches: Tensor) -> Tensor:
         """``patches`` [B, h, w] on the grid of the details."""
         size = [patches.shape[1] * self.detail_factor, patches.shape[2] * self.detail_factor]
@@ -324,14 +337,16 @@ class AnomalyDetector(nn.Module):
 
         Args:
             image: [B, 1 or 3, H, W] in [0, 1], any H and W.
-            raw: squared errors, and the mean of the top 1 % of them, instead of calibrated scores.
+            raw: squared errors, and the mean of the top 1 % of them, instead of calibrated scores; nothing is compared.
         """
-        patch_map, inside = self.score_patches(self.embed(image), raw)
+        maps = self.embed(image)
+        patch_map, inside = self.score_patches(maps, raw)
         anomaly_map = F.interpolate(
             patch_map.unsqueeze(1), [image.shape[-2], image.shape[-1]], mode="bilinear", align_corners=False
         )
         score = self.image_score.statistics(patch_map, inside)[0] if raw else self.image_score(patch_map, inside)
-        return Detection(anomaly_map, score, patch_map)
+        unlikeness = torch.zeros_like(score) if raw else self.unlikeness(maps, patch_map, inside)
+        return Detection(anomaly_map, score, patch_map, unlikeness)
 
     def forward(self, image: Tensor, raw: bool = False) -> Tensor:
         """The anomaly map [B, 1, H, W] of ``image`` [B, 1 or 3, H, W] in [0, 1]."""
@@ -383,6 +398,7 @@ class AnomalyDetector(nn.Module):
         self.patch_score.fit(_Mapped(self._residual, training))
         if self.detail_score is not None:
             self.detail_score.fit(_Mapped(self._detailed, training))
+        self.slice_likeness.fit(self._statistics(training))
         self.normal_scale.reset()
         if self.image_score.adjusts:
             patch_maps, inside = self._scores(training)
@@ -397,6 +413,7 @@ class AnomalyDetector(nn.Module):
         false_positive_rate: float = 0.01,
         image_false_positive_rate: float = 0.05,
         volumes: Sequence[PlacedSlices] = (),
+        unlike_rate: float = 0.01,
     ) -> None:
         """Set scales and thresholds from healthy validation images, which no score was fitted to.
 
@@ -407,6 +424,7 @@ class AnomalyDetector(nn.Module):
             false_positive_rate: the largest share of healthy foreground patches above ``threshold``, in (0, 1).
             image_false_positive_rate: the same of healthy cases above ``image_threshold``.
             volumes: which slices are scored together, as in use; all others are scored alone.
+            unlike_rate: the share of healthy cases that may be called unlike the training data, in (0, 1).
 
         Raises:
             BundleError: if a rate is not in (0, 1), or no validation image has any foreground.
@@ -420,6 +438,9 @@ class AnomalyDetector(nn.Module):
         self.normal_scale.fit(patch_maps[inside])
         patch_maps, inside = self._scores(validation)
         image_scores = self.image_score.calibrate(patch_maps, inside)
+        medians = self.image_score.statistics(patch_maps, inside)[1][:, 0]
+        distances = self.slice_likeness.distance(self._statistics(validation)).cpu()
+        unlikeness = self.slice_likeness.calibrate(distances, medians.cpu())
         self.slice_pooling.length.zero_()  # nothing is pooled
         if volumes and self.slice_pooling.width:
             self._pool_healthy(patch_maps, image_scores, volumes)
@@ -428,6 +449,8 @@ class AnomalyDetector(nn.Module):
         self.image_threshold.fill_(conformal_threshold(case_scores, image_false_positive_rate, "images"))
         self.false_positive_rate.fill_(false_positive_rate)
         self.image_false_positive_rate.fill_(image_false_positive_rate)
+        patients = range(len(image_scores)) if cases is None else cases
+        self.case_likeness.calibrate(unlikeness, image_scores, patients, [one.slices for one in volumes], unlike_rate)
 
     def _pool_healthy(self, patch_maps: Tensor, image_scores: Tensor, volumes: Sequence[PlacedSlices]) -> None:
         """Calibrate the pooling, and put what it gives in the place of what the slices of ``volumes`` have alone."""
@@ -485,6 +508,15 @@ class AnomalyDetector(nn.Module):
         _, details, brightness = self.unpack(maps)
         return Detailed(details, prediction, self.inside_cells(self.foreground(brightness)))
 
+    def _statistics(self, batches: Iterable[Tensor]) -> Tensor:
+        """What the likeness looks at, [images, statistics]."""
+        found = []
+        for maps in batches:
+            embeddings, _, brightness = self.unpack(maps.to(self.feature_mean.device))
+            inside = self.foreground(brightness)
+            found.append(self.slice_likeness.statistics(self.standardize(embeddings), brightness, inside))
+        return torch.cat(found)
+
     def _scores(self, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Patch maps of all images, and which patches are foreground, [images, h, w] each."""
         scored = (self.score_patches(maps.to(self.feature_mean.device)) for maps in batches)
@@ -502,7 +534,13 @@ class AnomalyDetector(nn.Module):
             # that of an earlier version may have entries that this one does not need, and lack others
             state_dict[prefix + "identity"] = self.identity
             # earlier maps were not brought to a normal scale, and slices were not pooled
-            for name, part in {"normal_scale": NormalScale(), "slice_pooling": SlicePooling()}.items():
+            later = {
+                "normal_scale": NormalScale(),
+                "slice_pooling": SlicePooling(),
+                "slice_likeness": SliceLikeness(self.density.in_channels),
+                "case_likeness": CaseLikeness(),  # which compares nothing
+            }
+            for name, part in later.items():
                 for key, value in part.state_dict(prefix=f"{prefix}{name}.").items():
                     state_dict.setdefault(key, value)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -14,9 +14,14 @@ def rows(batch: Tensor) -> Tensor:
     return batch.movedim(1, -1).flatten(0, -2).double()
 
 
-def moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean [C] and covariance [C, C] of all patches of ``batches`` [B, C, h, w], without shrinkage."""
-    return _shrunk(batches, shrinkage=0.0)
+def moments(batches: Iterable[Tensor], shrinkage: float | None = 0.0) -> tuple[Tensor, Tensor]:
+    """Mean [C] and covariance [C, C] of all patches of ``batches`` [B, C, h, w].
+
+    Args:
+        batches: of patches.
+        shrinkage: see :func:`fit_gaussian`; 0: none.
+    """
+    return _shrunk(batches, shrinkage)
 
 
 def fit_gaussian(

@@ -21,6 +21,7 @@ from PIL import Image, ImageMode
 from pydicom.misc import is_dicom
 
 from bundle.dicom.series import SeriesFiles, group_series, modality_in, read_volume, volume_geometry
+from bundle.dicom.words import header_words, name_words
 from bundle.errors import BundleError
 from bundle.files import DICOM_SUFFIXES, FLAT_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, Source, files_of
 from bundle.limits import GRANTED, MAX_VOXELS, check_claim, check_limit, check_regular, check_size
@@ -90,7 +91,8 @@ class LoadCased(MapTransform):
     (``"8bit"`` for 8-bit images, the DICOM modality, or ``""``), ``slice_axis`` (of x, y, slices, the one along which
     slices were acquired: see :func:`acquisition_axis`; None for images without geometry), of a DICOM series its
     ``files`` (:class:`~bundle.dicom.series.SeriesFiles`) and the ``instances`` (InstanceNumber) of its slices, and the
-    affine in mm, where pictures have pixels of side 1.
+    affine in mm, where pictures have pixels of side 1. Its ``words`` are what header or name tell of the sequence, in a
+    fixed vocabulary (:mod:`bundle.dicom.words`).
 
     Args:
         keys: what to load: see :data:`bundle.files.Source`.
@@ -169,8 +171,9 @@ def load_case(source: Source, channel: int | None = None, max_voxels: int = MAX_
         raise BundleError(f"'{place}' holds NaN or infinite pixels: clean it, or skip such files with --on_error skip")
     # of the header nothing else is open to see: the rest of a DICOM header is about the patient
     meta: dict[str, Any] = {"filename_or_obj": place, "modality": pixels.modality, "slice_axis": pixels.slice_axis}
+    meta["words"] = {} if name.endswith(FLAT_SUFFIXES) else name_words(Path(place).name)
     if pixels.files is not None:
-        meta |= {"files": pixels.files, "instances": pixels.instances}
+        meta |= {"files": pixels.files, "instances": pixels.instances, "words": header_words(pixels.files.headers()[0])}
     return MetaTensor(values, affine=torch.from_numpy(pixels.affine), meta=meta)
 
 

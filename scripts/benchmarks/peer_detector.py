@@ -21,6 +21,7 @@ from bundle.errors import BundleError, check_choice
 from bundle.networks.detector import AFTER_EMBEDDING, AnomalyDetector, Detection, refuse_other
 from bundle.networks.foreground import mean_brightness
 from bundle.networks.gaussian import moments
+from bundle.networks.likeness import CaseLikeness
 from bundle.networks.neighbors import SlicePooling
 from scripts.benchmarks.dino_peers import DinomalyPeer, InpFormerPeer, SuperAddPeer
 from scripts.benchmarks.peers import NearestNeighborPeer, PadimPeer, PatchCorePeer, PeerFeatures
@@ -88,6 +89,7 @@ class PeerDetector(nn.Module):
         except TypeError as error:
             raise BundleError(f"peer_arguments {self.arguments} do not fit {peer}: {error}") from error
         self.slice_pooling = SlicePooling()  # a peer sees each slice alone
+        self.case_likeness = CaseLikeness()  # and compares nothing
         for name in ("threshold", "image_threshold"):
             self.register_buffer(name, torch.full((), float("inf")))
         for name in ("false_positive_rate", "image_false_positive_rate"):
@@ -125,7 +127,7 @@ class PeerDetector(nn.Module):
                 maps = maps * F.interpolate(inside, maps.shape[-2:], mode="nearest")
                 scores = self.peer.score(maps)
         whole = F.interpolate(maps, image.shape[-2:], mode="bilinear", align_corners=False)
-        return Detection(whole, scores, maps[:, 0])
+        return Detection(whole, scores, maps[:, 0], torch.zeros_like(scores))
 
     def _normalized(self, image: Tensor) -> Tensor:
         return self.detector.features.normalize(image)

@@ -131,6 +131,7 @@ class AnomalyInfer(BundleInferTask):
             "score": result.score,
             "image_threshold": result.image_threshold,
             "threshold": result.threshold,
+            "unlike": result.warning,
             "worst_slices": [named.index for named in result.worst(self.bundle_config["worst_slices"])],
             "slice_scores": [one.score for one in sorted(result.slices, key=attrgetter("index"))],
         }
