@@ -144,8 +144,9 @@ def test_every_shared_item_of_training_is_said_once():
     train = json.loads((ROOT / "configs/train.json").read_text())
     shared = json.loads((ROOT / "configs/inference.json").read_text())
     # what they run, on which cases, and where the settings of the model come from
-    for key in train.keys() & shared.keys() - {"run", "tracker", "model", "settings"}:
+    for key in train.keys() & shared.keys() - {"run", "tracker", "model", "settings", "initialize"}:
         assert train[key] == f"%configs/inference.json::{key}"
+    assert train["initialize"][0] == "%configs/inference.json::initialize"
 
 
 def test_nothing_is_read_from_the_network_or_written_on_import():

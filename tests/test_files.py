@@ -116,22 +116,32 @@ def test_a_link_that_lies_in_the_way_is_replaced_and_not_followed(tmp_path):
     assert not (tmp_path / "result.txt").is_symlink() and (tmp_path / "result.txt").read_text() == "new"
 
 
-def test_links_in_the_places_of_a_set_are_replaced_and_not_followed(tmp_path):
+def test_links_in_the_places_of_files_are_replaced_and_not_followed(tmp_path):
     other, target = tmp_path / "other", tmp_path / "results"
     for folder in (other, target):
         folder.mkdir()
     (other / "kept.txt").write_text("untouched")
-    (target / "a_series").symlink_to(other)
-    (target / "b_series").symlink_to(tmp_path / "nowhere")
     (target / "a.txt").symlink_to(other / "kept.txt")
+    (target / "b.txt").symlink_to(tmp_path / "nowhere")
+    (target / "c.txt").symlink_to(other)
     with whole_files(target) as fresh:
-        for name in ("a_series", "b_series"):
-            (fresh / name).mkdir()
-            (fresh / name / "kept.txt").write_text("new")
-        (fresh / "a.txt").write_text("new")
+        for name in ("a.txt", "b.txt", "c.txt"):
+            (fresh / name).write_text("new")
     assert [(file.name, file.read_text()) for file in other.iterdir()] == [("kept.txt", "untouched")]
     assert not any(file.is_symlink() for file in target.iterdir())
-    assert (target / "b_series" / "kept.txt").read_text() == "new"
+    assert [(target / name).read_text() for name in ("a.txt", "b.txt", "c.txt")] == ["new"] * 3
+
+
+def test_a_set_is_not_written_through_a_link_in_the_place_of_its_folder(tmp_path):
+    other, target = tmp_path / "other", tmp_path / "results"
+    other.mkdir()
+    target.mkdir()
+    (target / "a_series").symlink_to(other)
+    with pytest.raises(BundleError, match=f"'{target}/a_series' is a link to '{other}'"):
+        with whole_files(target, stale=["a_series"]) as fresh:
+            (fresh / "a_series").mkdir()
+            (fresh / "a_series" / "1.dcm").write_text("new")
+    assert not list(other.iterdir())
 
 
 def test_nothing_is_written_through_a_linked_folder_below_that_of_the_results(tmp_path):
