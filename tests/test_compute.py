@@ -125,7 +125,7 @@ def test_a_map_that_is_not_finite_is_refused_with_the_remedy():
     class Overflowing(torch.nn.Module):
         def detect(self, image, raw=False):
             nothing = torch.full((1, 2, 2), torch.inf)
-            return Detection(nothing[None], torch.zeros(1), nothing)
+            return Detection(nothing[None], torch.zeros(1), nothing, torch.zeros(1))
 
     with pytest.raises(BundleError, match="not finite in fp16: give --precision bf16 or fp32"):
         SliceBatchInferer(compute=Compute("cpu", "fp16"))(torch.rand(1, 1, 4, 4), Overflowing())
