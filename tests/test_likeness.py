@@ -2,15 +2,21 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from builders import random_maps, small_detector
+from monai.transforms import Compose
 from test_dicom_objects import ALGORITHM, found_in, pictures_of
 from test_dicom_series import series
 from test_outputs import case, saver_in
 
+from bundle.checkpoint import load_checkpoint
+from bundle.compute import Compute
+from bundle.data import EmbeddingDataset, EmbeddingStore
 from bundle.dicom.objects import write_objects
 from bundle.dicom.series import read_volume
 from bundle.dicom.words import facts_of, header_words, name_words
@@ -24,6 +30,8 @@ from bundle.networks.likeness import (
     read_summary,
 )
 from bundle.results import Unlike
+from bundle.training import Calibration
+from bundle.transforms import ExtractSlicesd, LoadCased, OrientSlicesd, ScaleIntensityByModalityd
 
 CHANNELS, SIDE = 24, 6
 APPEARANCE = Unlike("appearance", "its looks differ from healthy training images by 9.0, threshold 3.0")
@@ -250,6 +258,39 @@ def test_a_scripted_detector_tells_the_same(learned):
     scripted = torch.jit.script(learned)
     torch.testing.assert_close(scripted.detect(image).unlikeness, learned.detect(image).unlikeness)
     assert torch.equal(scripted.case_likeness.summary, learned.case_likeness.summary)
+
+
+def healthy_volumes(folder, detector, name):
+    """The embeddings of three volumes of noise, as training makes them."""
+    cases = []
+    for number in range(3):
+        volume = nib.Nifti1Image(np.random.default_rng(number).integers(1, 99, (32, 32, 3), np.uint8), np.eye(4))
+        nib.save(volume, folder / f"sub-{number}_{name}.nii.gz")
+        cases.append(
+            {"image": str(folder / f"sub-{number}_{name}.nii.gz"), "name": f"{number}", "patient": f"{number}"}
+        )
+    reading = Compose(
+        [LoadCased("image"), OrientSlicesd("image"), ScaleIntensityByModalityd("image"), ExtractSlicesd("image")]
+    )
+    store = EmbeddingStore(folder / "cache", folder, {})
+    return EmbeddingDataset(cases, reading, detector, Compute("cpu", "fp32"), store)
+
+
+def test_training_keeps_what_its_cases_tell_and_a_later_run_reads_it_from_the_cache(features, tmp_path):
+    detector = small_detector(features, foreground="all")
+    for _ in range(2):
+        healthy = healthy_volumes(tmp_path, detector, "flair")
+        assert healthy.words()["sequence"] == {"flair": 3}
+    detector.set_standardization(*healthy.channel_moments())
+    detector.fit_before_training(healthy.batches(), healthy.batches())
+    log = SimpleNamespace(log=lambda *_: None)
+    Calibration(detector, healthy, healthy, Compute("cpu", "fp32"), tmp_path / "model.pt", log).calibrate()
+    other = small_detector(features, foreground="all")
+    load_checkpoint(other, tmp_path / "model.pt")
+    learned = other.case_likeness.learned
+    assert (learned.cases["sequence"], learned.patients, learned.of_volumes) == ({"flair": 3}, 3, True)
+    [reason] = other.case_likeness.reasons(0.0, True, {"words": name_words("sub-9_T1w.nii.gz")})
+    assert reason.words == "sequence t1, learned from flair"
 
 
 # where it is said

@@ -283,7 +283,7 @@ def calibrated(detector, path, patients, images):
     """A calibration with as many slices as there are numbers in ``patients``."""
     torch.manual_seed(0)
     maps = random_maps(detector.features, len(patients))
-    healthy = SimpleNamespace(batches=lambda *_: [maps], patients=patients, volumes=[], data=[{}] * images)
+    healthy = SimpleNamespace(batches=lambda *_: [maps], patients=patients, volumes=[], data=[{}] * images, words=dict)
     log = SimpleNamespace(log=lambda *_: None)
     Calibration(
         detector, healthy, healthy, Compute("cpu", "fp32"), path, log, image_false_positive_rate=0.2
