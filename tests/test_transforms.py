@@ -11,6 +11,7 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 from safetensors.torch import load_file
 
+from bundle.dicom.words import VOCABULARY
 from bundle.errors import BundleError
 from bundle.transforms import (
     HOUNSFIELD_WINDOWS,
@@ -101,8 +102,9 @@ def test_auto_intensity_windows_ct():
 
 def test_nothing_of_the_patient_is_kept_from_a_dicom_header():
     meta = LoadCased("image")({"image": get_testdata_file("CT_small.dcm")})["image"].meta
-    known = {"filename_or_obj", "modality", "slice_axis", "files", "instances", "affine", "space"}
+    known = {"filename_or_obj", "modality", "slice_axis", "files", "instances", "affine", "space", "words"}
     assert set(map(str, meta)) <= known
+    assert all(set(words) <= set(VOCABULARY[kind]) for kind, words in meta["words"].items())
 
 
 @pytest.mark.parametrize("name", AFFINES)
