@@ -92,6 +92,20 @@ def measured_run(tmp_path_factory):
     return folder, results, page
 
 
+def test_a_page_without_times_has_none(measured_run, tmp_path):
+    folder, _, timed = measured_run
+    here = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        words = ["--methods", "ours", "PaDiM", "--protocols", "native", "--part", "all", "--repeats", "0"]
+        results = benchmark(arguments(folder / "data", folder / "out", *words))
+    finally:
+        os.chdir(here)
+    page = write_report(results, tmp_path)
+    assert "ms per image: not measured" in page and "runtime" in timed and "runtime" not in page
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["benchmark.json", "benchmark.md", "benchmark_bars.png"]
+
+
 def test_both_methods_are_measured_alike(measured_run):
     _, results, page = measured_run
     assert results["failed"] == {}

@@ -328,7 +328,8 @@ def benchmark(given: argparse.Namespace) -> dict[str, Any]:
         first = {name: cells[0] for name, cells in known.items()}
         folder = out / "cells" / slug(data_set.name) / "times"
         try:
-            results[data_set.name]["times"] = run_times(folder, first, data_set, given) if first else None
+            timed = first and given.repeats
+            results[data_set.name]["times"] = run_times(folder, first, data_set, given) if timed else None
         except BundleError as error:
             failed[f"{data_set.name}, milliseconds per image"] = str(error)
         results[data_set.name]["compared"] = {
@@ -460,7 +461,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="cells at once, not the timing; with OMP_NUM_THREADS set to fit",
     )
     add("--batch_size", type=int, default=8, metavar="N", help="images that are timed together; default: 8")
-    add("--repeats", type=int, default=5, metavar="N", help="rounds of timing; default: 5")
+    add("--repeats", type=int, default=5, metavar="N", help="rounds of timing, 0 for none; default: 5")
     add("--timed_images", type=int, default=32, metavar="N", help="test images that are timed; default: 32")
     return parser
 
@@ -470,8 +471,9 @@ def main() -> None:
     given = make_parser().parse_args()
     try:
         for name in ("draws", "jobs", "batch_size", "repeats", "timed_images"):
-            if getattr(given, name) < 1:
-                raise BundleError(f"--{name} must be at least 1, got {getattr(given, name)}")
+            least = 0 if name == "repeats" else 1
+            if getattr(given, name) < least:
+                raise BundleError(f"--{name} must be at least {least}, got {getattr(given, name)}")
         results = benchmark(given)
     except BundleError as error:
         sys.exit(f"error: {error}")

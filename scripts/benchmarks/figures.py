@@ -30,21 +30,23 @@ FAR_PLACES = [((-40, 25), "right", "bottom"), ((40, 25), "left", "bottom"), ((-4
 
 
 def draw_bars(results: dict[str, Any]) -> Figure:
-    """A line of panels for each set: accuracy, milliseconds, memory and stored size of all methods."""
+    """A line of panels for each set: accuracy, milliseconds if they were measured, memory and stored size."""
     protocol = next(iter(results["protocols"]))
     sets = {name: one for name, one in results["sets"].items() if one["rows"]}
     heights = [0.36 * len(one["rows"]) + 1 for one in sets.values()]
     figure = Figure(figsize=(11.5, sum(heights) + 0.7), layout="constrained")
-    lines = figure.subplots(len(sets), 5, squeeze=False, height_ratios=heights)
+    timed = is_timed(results)
+    lines = figure.subplots(len(sets), 4 + timed, squeeze=False, height_ratios=heights)
     for line, (name, data_set) in zip(lines, sets.items(), strict=True):
         rows = data_set["rows"]
         precision, auroc = shown_metrics(data_set, protocol)
         accuracy = [row["accuracy"][protocol] for row in rows]
         bars(line[0], f"{TITLES[precision]}, %", [percent(one[precision]) for one in accuracy], 100)
         bars(line[1], f"{TITLES[auroc]}, %", [percent(one[auroc]) for one in accuracy], 100)
-        bars(line[2], "ms per image", [[row["ms"], None] for row in rows])
-        bars(line[3], "peak memory, MB", [row["peak_mb"] for row in rows])
-        bars(line[4], "stored model, MB", [row["stored_mb"] for row in rows])
+        if timed:
+            bars(line[2], "ms per image", [[row["ms"], None] for row in rows])
+        bars(line[-2], "peak memory, MB", [row["peak_mb"] for row in rows])
+        bars(line[-1], "stored model, MB", [row["stored_mb"] for row in rows])
         for panel in line:
             for bar, row in zip(panel.patches, rows, strict=True):
                 bar.set_color(color_of(row["method"], results))
@@ -54,6 +56,11 @@ def draw_bars(results: dict[str, Any]) -> Figure:
         line[0].set_title(set_words(name, data_set), loc="left", fontsize=11, fontweight="bold")
     figure.suptitle(picture_words(results, protocol), fontsize=9)
     return figure
+
+
+def is_timed(results: dict[str, Any]) -> bool:
+    """Whether any method was timed."""
+    return any(row["ms"] is not None for one in results["sets"].values() for row in one["rows"])
 
 
 def percent(value: list[float | None]) -> list[float | None]:

@@ -10,7 +10,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from scripts.benchmarks.common import METRICS, write
-from scripts.benchmarks.figures import draw_bars, draw_runtime
+from scripts.benchmarks.figures import draw_bars, draw_runtime, is_timed
 from scripts.benchmarks.words import (
     TITLES,
     backbone_words,
@@ -25,7 +25,7 @@ from scripts.benchmarks.words import (
 
 
 def write_report(results: dict[str, Any], folder: Path) -> str:
-    """Write ``benchmark.json``, ``.md``, ``_bars.png`` and ``_runtime.png`` into ``folder``; returns the page."""
+    """Write ``benchmark.json``, ``.md``, ``_bars.png`` and, if there are times, ``_runtime.png``; returns the page."""
     for one in results["sets"].values():
         one["rows"] = [summarize(name, cells, one, results["reference"]) for name, cells in one["cells"].items()]
     write(folder / "benchmark.json", results)
@@ -33,6 +33,7 @@ def write_report(results: dict[str, Any], folder: Path) -> str:
     (folder / "benchmark.md").write_text(page, encoding="utf-8")
     if any(one["rows"] for one in results["sets"].values()):
         draw_bars(results).savefig(folder / "benchmark_bars.png", dpi=150)
+    if is_timed(results):
         draw_runtime(results).savefig(folder / "benchmark_runtime.png", dpi=150)
     return page
 
@@ -74,8 +75,8 @@ def report(results: dict[str, Any]) -> list[str]:
     lines = ["# Benchmark", "", "Made by", "", "```sh", results["command"], "```", ""]
     lines += [f"on {results['machine']}; commit {commit_words(results['commit'])}, {results['date'][:10]}.", ""]
     drawn = any(one["rows"] for one in results["sets"].values())
-    lines += ["![Accuracy, runtime and memory](benchmark_bars.png)", ""] if drawn else []
-    lines += ["![Accuracy against runtime](benchmark_runtime.png)", ""] if drawn else []
+    lines += ["![Accuracy and costs](benchmark_bars.png)", ""] if drawn else []
+    lines += ["![Accuracy against runtime](benchmark_runtime.png)", ""] if is_timed(results) else []
     for name, one in results["sets"].items():
         lines += [*section(name, one, results), ""]
     lines += beside_published(results)
