@@ -49,6 +49,14 @@ class Unlike(NamedTuple):
     words: str
 
 
+def looks_unlike(unlikeness: float, threshold: float) -> tuple[Unlike, ...]:
+    """The reason that an ``unlikeness`` above its ``threshold`` is; none below."""
+    if not unlikeness > threshold:
+        return ()
+    words = f"its looks differ from healthy training images by {unlikeness:.1f}, threshold {threshold:.1f}"
+    return (Unlike("appearance", words),)
+
+
 class RestoredMap(NamedTuple):
     """An anomaly map on the axes of its file.
 

@@ -20,7 +20,7 @@ from bundle.dicom.words import facts_of
 from bundle.errors import BundleError
 from bundle.networks.gaussian import moments
 from bundle.networks.scores import check_rate, conformal_threshold, largest_of_each, rate_interval
-from bundle.results import Unlike
+from bundle.results import Unlike, looks_unlike
 
 DIRECTIONS = 32  # principal ones, each with a variance of its own; the others share one
 OF_BRIGHTNESS = 3  # statistics beside the mean embedding
@@ -198,15 +198,12 @@ class CaseLikeness(nn.Module):
             is_volume: whether it has several slices.
             meta: of its image, see :func:`~bundle.dicom.words.facts_of`.
         """
-        found = [
+        told = [
             Unlike(kind, f"{label} {', '.join(other)}, learned from {', '.join(sorted(seen))}")
             for kind, label, other, seen in self._foreign(facts_of(meta))
         ]
         threshold = float(self.volume_threshold if is_volume else self.picture_threshold)
-        if unlikeness > threshold:
-            words = f"its looks differ from healthy training images by {unlikeness:.1f}, threshold {threshold:.1f}"
-            found.append(Unlike("appearance", words))
-        return tuple(found)
+        return (*told, *looks_unlike(unlikeness, threshold))
 
     def _foreign(self, facts: Mapping[str, Sequence[str]]) -> list[tuple[str, str, list[str], set[str]]]:
         """Words of ``facts`` that no training case had, where training cases tell of such words at all."""

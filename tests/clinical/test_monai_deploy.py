@@ -67,7 +67,7 @@ class Stock(Application):
         loader = sdk.DICOMDataLoaderOperator(self, CountCondition(self, 1), input_folder=study, name="loader")
         selector = sdk.DICOMSeriesSelectorOperator(self, rules="", name="selector")
         volume = sdk.DICOMSeriesToVolumeOperator(self, name="volume")
-        found = ("mask", "map", "slice_scores", "slice_counts", "score", "shown")
+        found = ("mask", "map", "slice_scores", "slice_counts", "score", "unlikeness", "shown")
         inference = sdk.MonaiBundleInferenceOperator(
             self, name="inference", app_context=context,
             input_mapping=[sdk.IOMapping("image", Any, IOType.IN_MEMORY)],
@@ -502,6 +502,8 @@ def test_scripted_study_detector_agrees_with_the_inferer(detector, slice_range, 
     assert found["slice_counts"].flatten().tolist() == expected["slice_counts"][0].tolist()
     torch.testing.assert_close(found["score"], expected["slice_scores"][expected["slice_counts"]].max())
     assert torch.equal(found["mask"].bool(), found["map"] > 1.0)
+    counted = expected["slice_unlikeness"][expected["slice_counts"]].numpy()
+    assert float(found["unlikeness"]) == pytest.approx(float(np.median(counted)), abs=1e-4)
 
 
 def test_a_missing_checkpoint_is_one_line(tmp_path):

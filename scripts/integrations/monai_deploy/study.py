@@ -40,16 +40,18 @@ class StudyDetector(nn.Module):
 
         Returns:
             On the CPU ``map`` [1, rows, columns, slices] float, ``mask`` of that shape uint8 (0, 1), ``slice_scores``
-            [1, 1, 1, slices] float, ``slice_counts`` of that shape uint8 (1 for slices that make the score), and
-            ``score`` [], that of the worst of them.
+            [1, 1, 1, slices] float, ``slice_counts`` of that shape uint8 (1 for slices that make the score), ``score``
+            [], that of the worst of them, and ``unlikeness`` [], see :class:`~bundle.networks.likeness.CaseLikeness`.
         """
         stack = image[0]
         maps: list[Tensor] = []
         scores: list[Tensor] = []
+        unlikeness: list[Tensor] = []
         for slices in stack.movedim(-1, 0).split(self.batch_size):
             found = self.detector.detect(slices)
             maps.append(found.patch_map.cpu())
             scores.append(found.image_score.cpu())
+            unlikeness.append(found.unlikeness.cpu())
         counting = self.counting(stack)
         patch_maps, slice_scores = self.detector.slice_pooling(torch.cat(maps), torch.cat(scores), spacing, counting)
         size = [stack.shape[1], stack.shape[2]]
@@ -60,6 +62,7 @@ class StudyDetector(nn.Module):
             "slice_scores": slice_scores.view(1, 1, 1, -1),
             "slice_counts": counting.to(torch.uint8).view(1, 1, 1, -1),
             "score": slice_scores[counting].max(),
+            "unlikeness": torch.quantile(torch.cat(unlikeness)[counting], 0.5),
         }
 
     def counting(self, stack: Tensor) -> Tensor:

@@ -25,12 +25,13 @@ from bundle.dicom.objects import Algorithm, write_objects
 from bundle.dicom.series import NoImageError, group_series, read_headers, read_volume
 from bundle.errors import BundleError
 from bundle.figures import blend_slices
-from bundle.results import CaseResult, RestoredMap
+from bundle.results import CaseResult, RestoredMap, looks_unlike
 
 STUDIES = "dicom_study_list"
 SELECTED = "study_selected_series_list"
 IMAGE = "image"
-FOUND = ("mask", "map", "slice_scores", "slice_counts", "score", "shown")  # what model.ts gives, see its metadata.json
+# what model.ts gives, see its metadata.json
+FOUND = ("mask", "map", "slice_scores", "slice_counts", "score", "unlikeness", "shown")
 STEM = "anomaly"  # of the names of all results
 OURS = "dinov3_spatial_ar"
 
@@ -179,10 +180,17 @@ class ResultWriter(Operator):
         result = as_result(found, model.predictor)
         sources = read_headers(files_of(series))
         pictures = blend_slices(found["shown"], result.restored.values, result.threshold)
+        if result.unlike:
+            logger.warning(
+                "unlike the training data, the map may mean nothing, no segmentation is written: %s", result.warning
+            )
         output = Path(self.context.output_path)
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as folder:
-            write_objects(Path(folder) / STEM, sources, result, pictures, algorithm_of(model), self.worst_slices)
+            stem, algorithm = Path(folder) / STEM, algorithm_of(model)
+            write_objects(
+                stem, sources, result, pictures, algorithm, self.worst_slices, with_segmentation=not result.unlike
+            )
             for item in sorted(Path(folder).iterdir()):
                 target = output / item.name
                 if target.is_dir():
@@ -206,6 +214,8 @@ def as_result(found: dict[str, Any], study_detector: Any) -> CaseResult:
     anomaly_map, scores = found["map"], found["slice_scores"][0]
     if not np.isfinite(anomaly_map).all():
         raise BundleError("the anomaly map is not finite: make model.ts anew, from another checkpoint")
+    likeness = study_detector.detector.case_likeness
+    unlikeness = float(found["unlikeness"])
     axis = 2 if scores.shape[2] == scores.size else int(np.argmax(scores.shape))
     return CaseResult(
         name=STEM,
@@ -216,6 +226,8 @@ def as_result(found: dict[str, Any], study_detector: Any) -> CaseResult:
         threshold=float(study_detector.detector.threshold),
         image_threshold=float(study_detector.detector.image_threshold),
         on_file=RestoredMap(anomaly_map[0], axis, tuple(range(scores.size))),
+        unlike=looks_unlike(unlikeness, float(likeness.volume_threshold)) if likeness.summary.numel() else None,
+        unlikeness=unlikeness,
     )
 
 
