@@ -12,6 +12,7 @@ import shlex
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -23,6 +24,7 @@ FILE = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a file system that has none
 
 _held: dict[Path, int] = {}  # descriptors of the locks of this process, by folder
+_made: list[Path] = []  # folders that were made for a lock
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def lock_folder(folder: str | os.PathLike) -> None:
     if idist.get_rank() > 0 or place in _held:
         return
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        _make(place)
         descriptor = _locked(place / FILE)
     except BlockingIOError:
         raise BundleError(
@@ -65,11 +67,21 @@ def holds_lock(folder: str | os.PathLike) -> bool:
 
 
 def unlock_folders() -> None:
-    """Give back every lock of this process."""
+    """Give back every lock of this process, and remove the folders that were made for one if nothing came into them."""
     for place in list(_held):
         descriptor = _held.pop(place)
         (place / FILE).unlink(missing_ok=True)  # while it is ours
         os.close(descriptor)
+    while _made:
+        with suppress(OSError):  # something is in it
+            _made.pop().rmdir()
+
+
+def _make(folder: Path) -> None:
+    """Make ``folder``, and what it lies in, and note what was made."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    _made.extend(reversed(missing))
 
 
 def _locked(file: Path) -> int:
@@ -123,6 +135,7 @@ def _forget() -> None:
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()
+    _made.clear()
 
 
 os.register_at_fork(after_in_child=_forget)

@@ -131,6 +131,7 @@ def objects(dicom, knobs, tmp_path_factory):
         dataset_dir=folder / "in",
         output_dir=folder / "out",
         write_dicom=True,
+        segment_unlike=True,
         tracking_uri="off",
         **knobs,
     )

@@ -11,7 +11,6 @@ import atexit
 import copy
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -19,8 +18,6 @@ from contextlib import suppress
 from typing import Any
 
 from pydicom import DataElement, Dataset
-from pydicom.pixels import get_decoder
-from pydicom.pixels.utils import as_pixel_options
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 SECONDS = 5.0  # for any image, and
@@ -48,19 +45,22 @@ def decompress(dataset: Dataset, claimed: int) -> None:
         TimeoutError: if decoding takes too long.
         RuntimeError: if it fails, whatever the reason.
     """
+    from pydicom.pixels.utils import as_pixel_options  # of pydicom 3, which not every environment has
+
     options = as_pixel_options(dataset, pixel_keyword="PixelData")
-    request = (
-        SECONDS + claimed / VALUES_PER_SECOND,
-        MEMORY + COPIES * claimed,
-        str(dataset.file_meta.TransferSyntaxUID),
-        options,
-        dataset["PixelData"].value,
-    )
+    offsets = [table.hex() for table in options.pop("extended_offsets", ())]
+    request = {
+        "seconds": SECONDS + claimed / VALUES_PER_SECOND,
+        "memory": MEMORY + COPIES * claimed,
+        "syntax": str(dataset.file_meta.TransferSyntaxUID),
+        "options": options,
+        "offsets": offsets,
+    }
     try:
         decoder = _idle.pop()
     except IndexError:
         decoder = _Decoder()
-    found, pixels = decoder.decode(request)
+    found, pixels = decoder.decode(request, dataset["PixelData"].value)
     _idle.append(decoder)
     if "error" in found:
         raise RuntimeError(found["error"])
@@ -86,8 +86,8 @@ class _Decoder:
             env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # threads take addresses
         )
 
-    def decode(self, request: tuple[Any, ...]) -> tuple[dict[str, Any], bytes]:
-        """What the process answers.
+    def decode(self, request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        """What the process answers to a ``request`` for compressed ``data``.
 
         Raises:
             TimeoutError: if it was stopped after its seconds.
@@ -95,7 +95,8 @@ class _Decoder:
         """
         assert self.process.stdin and self.process.stdout
         with suppress(BrokenPipeError):
-            pickle.dump(request, self.process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            self.process.stdin.write(json.dumps(request | {"length": len(data)}).encode() + b"\n")
+            self.process.stdin.write(data)
             self.process.stdin.flush()
             head = self.process.stdout.readline()
             if head.endswith(b"\n"):
@@ -104,7 +105,7 @@ class _Decoder:
                 return found, pixels
         self.close()
         if self.process.returncode == -signal.SIGALRM:
-            raise TimeoutError(f"its decoder does not end within {request[0]:.0f} s")
+            raise TimeoutError(f"its decoder does not end within {request['seconds']:.0f} s")
         raise RuntimeError(f"its decoder ended by {_ending(self.process.returncode)}")
 
     def close(self) -> None:
@@ -125,13 +126,18 @@ def serve() -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries print what they like
     while True:
-        try:
-            seconds, memory, *image = pickle.load(requests)
-        except EOFError:
+        head = requests.readline()
+        if not head.endswith(b"\n"):
             return
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # nobody handles it, so that the kernel ends what loops
-        resource.setrlimit(resource.RLIMIT_AS, (memory, resource.RLIM_INFINITY))
-        found, frames = _decoded(*image)
+        request = json.loads(head)
+        data = requests.read(request["length"])
+        options = request["options"]
+        if request["offsets"]:
+            options["extended_offsets"] = tuple(map(bytes.fromhex, request["offsets"]))
+        # nobody handles the alarm, so that the kernel ends what loops
+        signal.setitimer(signal.ITIMER_REAL, request["seconds"])
+        resource.setrlimit(resource.RLIMIT_AS, (request["memory"], resource.RLIM_INFINITY))
+        found, frames = _decoded(request["syntax"], options, data)
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         signal.setitimer(signal.ITIMER_REAL, 0)
         answers.write(json.dumps(found | {"length": sum(map(len, frames))}).encode() + b"\n")
@@ -142,6 +148,8 @@ def serve() -> None:
 
 def _decoded(syntax: str, options: dict[str, Any], data: bytes) -> tuple[dict[str, Any], list[bytes]]:
     """What has changed of the header, or the error, and the frames."""
+    from pydicom.pixels import get_decoder
+
     found: dict[str, Any] = {}
     frames = []
     try:

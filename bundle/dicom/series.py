@@ -20,7 +20,6 @@ import numpy as np
 import pydicom.config
 from pydicom import Dataset, FileDataset, dcmread
 from pydicom.filereader import _read_file_meta_info, read_preamble
-from pydicom.pixels.utils import get_expected_length
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from bundle.dicom.decoding import decompress, is_compressed
@@ -346,10 +345,17 @@ def _check_pixels(datasets: Sequence[Dataset], max_voxels: int) -> None:
     """
     frames = [max(1, _frames(dataset)) for dataset in datasets]
     for dataset in datasets:
-        claimed = _reading(dataset, get_expected_length)
+        claimed = _reading(dataset, _claimed)
         check_claim(dataset.filename, claimed, os.path.getsize(dataset.filename), packed=_is_packed(dataset))
     largest = max(datasets, key=lambda dataset: dataset.Rows * dataset.Columns)
     check_size(_place(datasets), (largest.Columns, largest.Rows, sum(frames)), max_voxels, _channels(largest))
+
+
+def _claimed(dataset: Dataset) -> int:
+    """The bytes of its pixels, as the header says."""
+    from pydicom.pixels.utils import get_expected_length  # of pydicom 3, which not every environment has
+
+    return int(get_expected_length(dataset))
 
 
 def _stack(datasets: Sequence[Dataset]) -> _Stack:
@@ -472,7 +478,7 @@ def _frames_of(dataset: Dataset) -> np.ndarray:
 
     def decode(image: Dataset) -> np.ndarray:
         if is_compressed(image):
-            decompress(image, get_expected_length(image))
+            decompress(image, _claimed(image))
         if _is_multi_frame(image) or not _have_positions([image]) or not image.get("FrameOfReferenceUID"):
             values = hd.Image.from_dataset(image, copy=False).get_frames(**_PIXELS)
         else:  # the same, and ten times as fast for single frames

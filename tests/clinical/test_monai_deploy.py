@@ -443,7 +443,7 @@ def test_model_embeds_the_knobs_of_its_training_and_nothing_of_this_bundle(packa
     text = json.dumps(inference)
     assert "bundle." not in text
     assert "%" not in text
-    assert inference["ct_window"] == [-160.0, 240.0]
+    assert inference["ct_window"] is None and inference["percentiles"] == [0.5, 99.5]  # trained on MR, reads all as MR
     assert inference["axcodes"]["S"] == "PLS"
     assert metadata["network_data_format"]["outputs"]["mask"]["channel_def"]["1"] == "anomaly"
 
