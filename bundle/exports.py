@@ -337,9 +337,8 @@ class ExportedDetector(nn.Module):
         parts = [image] if image.is_cuda else image.split(max(1, CPU_PIXELS // (height * width)))
         outputs = zip(*(self._run(part) for part in parts), strict=True)
         found = [torch.cat(output).to(image.device) for output in outputs]
-        found += [torch.zeros_like(found[1])] * (
-            len(OUTPUTS) - len(found)
-        )  # of an earlier version: nothing is compared
+        absent = len(OUTPUTS) - len(found)  # in a file of an earlier version, with which nothing is compared
+        found += [torch.zeros_like(found[1])] * absent
         return Detection(*found)
 
     def forward(self, image: Tensor) -> Tensor:
