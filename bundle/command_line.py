@@ -181,16 +181,8 @@ def given_texts(arguments: Sequence[str], words: int = 0) -> dict[str, Any]:
             raise BundleError(f"--{name} is given twice: give it once")
         given[name] = value
     if file := given.pop("args_file", None):
-        given = _arguments_in(file) | given
+        given = _loaded([file], "args_file") | given
     return given
-
-
-def _arguments_in(file: str) -> dict[str, Any]:
-    try:
-        return dict(ConfigParser.load_config_file(file))
-    except Exception as error:  # whatever the parsers of JSON and YAML raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BundleError(f"cannot read --args_file '{file}' ({reason}): give a JSON or YAML file of knobs") from error
 
 
 def show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -200,9 +192,7 @@ def show_error(kind: type[BaseException], error: BaseException, trace: Traceback
     """
     cause = user_error(error)
     if cause is not None:
-        # a data loader's worker wraps the message into the worker's trace, whose last line it is
-        line = str(cause).strip().splitlines()[-1]
-        print(f"error: {line.removeprefix('bundle.errors.BundleError: ')}", file=sys.stderr)
+        print(f"error: {cause}", file=sys.stderr)
     elif refusal := _refusal(error):
         print(f"error: {refusal}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
@@ -230,25 +220,25 @@ def read_config(files: Any) -> dict[str, Any]:
     Raises:
         BundleError: if they are no configs.
     """
-    parser = ConfigParser(_loaded(DefaultParseValue(files) if isinstance(files, str) else files))
+    parser = ConfigParser(_loaded(DefaultParseValue(files) if isinstance(files, str) else files, "config_file"))
     try:
         parser.resolve_macro_and_relative_ids()
     except Exception as error:  # macros may name whatever files and items they like
-        raise _no_config(files, error) from error
+        raise _unreadable(files, "config_file", error) from error
     return dict(parser.get())
 
 
-def _loaded(files: Any) -> dict[str, Any]:
-    """The content of config files, with macros as they stand."""
+def _loaded(files: Any, knob: str) -> dict[str, Any]:
+    """The content of the files that ``knob`` names, with macros as they stand."""
     try:
         return dict(ConfigParser.load_config_files(files))
     except Exception as error:  # of the parsers of JSON and YAML, and of MONAI where a file holds no items
-        raise _no_config(files, error) from error
+        raise _unreadable(files, knob, error) from error
 
 
-def _no_config(files: Any, error: Exception) -> BundleError:
+def _unreadable(files: Any, knob: str, error: Exception) -> BundleError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return BundleError(f"cannot read config {shown(files)} ({reason}): give a JSON or YAML file with items by name")
+    return BundleError(f"cannot read --{knob} {shown(files)} ({reason}): give a JSON or YAML file with items by name")
 
 
 def _check_command(name: str, parser: ConfigParser) -> None:

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterable
 
 MAX_SHOWN = 200  # characters of a value in a message
-_FROM_WORKER = "Caught BundleError in "  # how the error of a data loader's worker begins, whose trace follows
 
 
 class BundleError(ValueError):
@@ -19,10 +18,7 @@ class BundleError(ValueError):
     """
 
     def __init__(self, message: object = "") -> None:
-        text = str(message)
-        if text.startswith(_FROM_WORKER):  # the last line is the message, which was made one in the worker
-            text = text.strip().splitlines()[-1].removeprefix(f"{__name__}.BundleError: ")
-        super().__init__(one_line(text))
+        super().__init__(one_line(str(message)))
 
 
 class OneLine(logging.Filter):

@@ -274,8 +274,8 @@ def _remove_empty(folder: Path, top: Path) -> None:
 def write_csv(path: str | os.PathLike, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
     """Write rows under a header line, at once or not at all.
 
-    A text that a spreadsheet would take for a formula gets an apostrophe before it, as OWASP advises;
-    :func:`read_csv` takes it away. Numbers stay numbers.
+    A text that a spreadsheet would take for a formula gets an apostrophe before it, as OWASP advises.
+    So does one that begins with an apostrophe, so that a reader may take the first one away. Numbers stay numbers.
     """
     with (
         whole_file(path) as partial,
@@ -284,12 +284,6 @@ def write_csv(path: str | os.PathLike, rows: Iterable[dict[str, Any]], columns: 
         writer = csv.DictWriter(stream, columns)
         writer.writeheader()
         writer.writerows({name: _harmless(value) for name, value in row.items()} for row in rows)
-
-
-def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
-    """The rows that :func:`write_csv` was given, as text."""
-    with open(path, newline="", encoding="utf-8") as stream:
-        return [{name: value.removeprefix("'") for name, value in row.items()} for row in csv.DictReader(stream)]
 
 
 def _harmless(value: Any) -> Any:

@@ -202,10 +202,14 @@ def _check_places(manifest: Manifest, names: Collection[str], suffixes: Sequence
             raise BundleError(
                 f"a result would be called '{place}', as is a folder with images: rename the folder, or infer it alone"
             )
-    results = (PurePosixPath(f"{name}{suffix}") for name in names for suffix in suffixes)
-    for file in chain(map(PurePosixPath, tables - {FILE}), results):
-        if file.name in listed(manifest.folder / file.parent):
-            manifest.check_owned(str(file))
+    for file in tables - {FILE}:
+        manifest.check_owned(file)
+    for name in names:
+        place, _, last = name.rpartition("/")
+        there = listed(manifest.folder / place)
+        for suffix in suffixes:
+            if f"{last}{suffix}" in there:
+                manifest.check_owned(f"{name}{suffix}")
 
 
 class DetectionSaver:

@@ -30,7 +30,7 @@ from bundle.errors import BundleError, check, check_choice
 from bundle.networks.detector import AnomalyDetector
 from bundle.networks.likeness import Learned
 from bundle.networks.scores import check_rate, rate_interval
-from bundle.networks.weights import weights_id
+from bundle.networks.weights import read_plain, weights_id
 from bundle.tracking import Tracker
 
 SCHEDULES = ("cosine", "constant")
@@ -392,7 +392,7 @@ class TrainingState:
         if not self.path.is_file():
             return
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            state = read_plain(self.path)
             if state["fingerprint"] != self.fingerprint:
                 logger.warning(f"'{self.path}' belongs to a training with other settings or data: starting over")
                 return

@@ -268,7 +268,7 @@ def test_a_knob_without_a_part_in_the_command_is_named(tmp_path, caplog):
 def test_a_file_of_arguments_that_is_missing_or_none_is_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "arguments.json").write_text(content)
-    with pytest.raises(BundleError, match="cannot read --args_file '.*arguments.json' .*: give a JSON or YAML file"):
+    with pytest.raises(BundleError, match='cannot read --args_file .*arguments.json"] .*: give a JSON or YAML file'):
         given_texts(["--args_file", str(tmp_path / "arguments.json")])
 
 

@@ -8,10 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from torch._utils import ExceptionWrapper
 
 from bundle.errors import BundleError, OneLine
-from bundle.files import content_key, read_csv, whole_file, whole_files, write_csv, write_json
+from bundle.files import content_key, whole_file, whole_files, write_csv, write_json
 
 HEAVY = {"torch", "monai", "pydicom", "nibabel", "numpy", "matplotlib"}
 
@@ -166,13 +165,12 @@ def test_the_folder_of_the_results_may_be_a_link(tmp_path):
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "＝", "'"])
-def test_no_text_of_a_table_is_a_formula_and_reading_gives_it_back(tmp_path, start):
+def test_no_text_of_a_table_is_a_formula(tmp_path, start):
     rows = [{"name": f"{start}HYPERLINK(1)", "score": -1.5}]
     write_csv(tmp_path / "table.csv", rows, ["name", "score"])
     with (tmp_path / "table.csv").open(newline="") as stream:
         (cells,) = csv.DictReader(stream)
     assert cells == {"name": f"'{start}HYPERLINK(1)", "score": "-1.5"}
-    assert read_csv(tmp_path / "table.csv") == [{"name": f"{start}HYPERLINK(1)", "score": "-1.5"}]
 
 
 def test_numbers_and_plain_texts_of_a_table_stay_as_they_are(tmp_path):
@@ -191,16 +189,6 @@ def test_a_file_name_forges_no_line_of_an_error():
     message = str(BundleError(f"cannot read '{HOSTILE}': check it"))
     assert len(message.splitlines()) == 1 and message.isprintable()
     assert str(BundleError(message)) == message
-
-
-def test_the_error_of_a_worker_is_its_own_line():
-    try:
-        raise BundleError(f"cannot read '{HOSTILE}'")
-    except BundleError:
-        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
-    with pytest.raises(BundleError) as caught:
-        wrapped.reraise()
-    assert str(caught.value) == str(BundleError(f"cannot read '{HOSTILE}'"))
 
 
 def test_a_file_name_forges_no_line_of_a_log():

@@ -416,10 +416,7 @@ def _own_name(case: Case) -> str:
 
 def _is_text(case: Case) -> bool:
     """Whether the names of its files are UTF-8."""
-    sources = [case[key] for key in ("image", "mask") if key in case]
-    return all(
-        is_text(file) for source in sources for file in ([source] if isinstance(source, (str, os.PathLike)) else source)
-    )
+    return all(is_text(file) for key in ("image", "mask") if key in case for file in parts_of(case[key]))
 
 
 def place_of(case: Case) -> str:
@@ -454,13 +451,13 @@ def _refuse_links(root: Path) -> None:
     Raises:
         BundleError: with their number, and the first of them.
     """
-    entries = (Path(folder, name) for folder, folders, names in os.walk(root) for name in (*folders, *names))
-    out = sorted(entry for entry in entries if entry.is_symlink() and _leads_out(entry, root))
+    entries = (os.path.join(folder, name) for folder, folders, names in os.walk(root) for name in (*folders, *names))
+    out = sorted(entry for entry in entries if os.path.islink(entry) and _leads_out(entry, root))
     if out:
+        first, target = os.path.relpath(out[0], root), os.readlink(out[0])
         raise BundleError(
             f"{len(out)} link{'s' * (len(out) > 1)} in '{root}' lead{'s' * (len(out) == 1)} out of it, such as "
-            f"'{out[0].relative_to(root)}' to '{os.readlink(out[0])}': remove them, or give --follow_links true if "
-            "they may be read"
+            f"'{first}' to '{target}': remove them, or give --follow_links true if they may be read"
         )
 
 

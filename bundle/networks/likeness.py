@@ -208,8 +208,9 @@ class CaseLikeness(nn.Module):
     def _foreign(self, facts: Mapping[str, Sequence[str]]) -> list[tuple[str, str, list[str], set[str]]]:
         """Words of ``facts`` that no training case had, where training cases tell of such words at all."""
         found = []
+        cases = self.learned.cases
         for kind, label in LABELS.items():
-            seen = set(self.learned.cases.get(kind, {}))
+            seen = set(cases.get(kind, {}))
             other = [word for word in facts.get(kind, ()) if word not in seen]
             if seen and other:
                 found.append((kind, label, other, seen))
@@ -265,7 +266,7 @@ class CaseLikeness(nn.Module):
         kept = torch.ones(len(unlikeness)) > 0
         for slices in volumes:
             indices = list(slices)
-            of_cases[indices] = unlikeness[indices].median()
+            of_cases[indices] = unlikeness[indices].quantile(0.5)
             case_scores[indices] = scores[indices].max()
             kept[indices[1:]] = False
         self.picture_threshold.fill_(careful_threshold(largest_of_each(unlikeness, patients), unlike_rate))

@@ -70,7 +70,7 @@ def called_unlike(parser: ConfigParser, images: Iterable[MetaTensor]) -> list[bo
     for image in images:
         joined = inferer(image[None], network)
         counts = joined["slice_counts"][0]
-        unlikeness = float(joined["slice_unlikeness"][0].cpu()[counts.cpu()].median())
+        unlikeness = float(joined["slice_unlikeness"][0].cpu()[counts.cpu()].quantile(0.5))
         found.append(bool(network.case_likeness.reasons(unlikeness, image.shape[-1] > 1, image.meta)))
     return found
 
