@@ -69,21 +69,6 @@ def is_text(path: str | os.PathLike) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
 
 
-def check_folder(folder: str | os.PathLike) -> None:
-    """Refuse, before any work, a folder for results that cannot be written to; a missing one stays missing.
-
-    Raises:
-        BundleError: if it is a file or below one, or the system refuses to write.
-    """
-    place = Path(os.path.abspath(folder))
-    if not is_text(place):
-        raise BundleError(f"the name of the folder {str(place)!a} is no UTF-8: give another --output_dir")
-    while not os.path.lexists(place):
-        place = place.parent
-    with writing(Path(folder)), tempfile.TemporaryDirectory(dir=place, prefix=partial_prefix()):
-        pass
-
-
 def file_sha256(path: str | os.PathLike) -> str:
     """SHA-256 (hex) of a file, as other programs give it."""
     status = os.stat(path)

@@ -18,7 +18,7 @@ from pathlib import Path
 import ignite.distributed as idist
 
 from bundle.errors import BundleError, shown
-from bundle.files import remove_leftovers
+from bundle.files import is_text, remove_leftovers, writing
 
 FILE = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a file system that has none
@@ -37,11 +37,13 @@ def lock_folder(folder: str | os.PathLike) -> None:
     ends. Where the file system has no locks, a warning says so.
 
     Raises:
-        BundleError: if another command holds the lock, or nothing can be written there.
+        BundleError: if another command holds the lock, nothing can be written there, or its name is no UTF-8.
     """
     place = Path(folder).resolve()
     if idist.get_rank() > 0 or place in _held:
         return
+    if not is_text(place):
+        raise BundleError(f"the name of the folder {str(place)!a} is no UTF-8: give another --output_dir")
     try:
         _make(place)
         descriptor = _locked(place / FILE)
@@ -53,8 +55,8 @@ def lock_folder(folder: str | os.PathLike) -> None:
         if error.errno in NO_LOCKS:
             logger.warning(f"the file system of '{place}' has no locks: run one command at a time there")
             return
-        reason = error.strerror or type(error).__name__
-        raise BundleError(f"output_dir '{place}' cannot be written ({reason}): give another --output_dir") from None
+        with writing(place):
+            raise
     _held[place] = descriptor
     removed = remove_leftovers(place)
     if removed:

@@ -26,7 +26,7 @@ import bundle.transforms.loading
 import bundle.writers
 from bundle.checkpoint import save_checkpoint
 from bundle.errors import BundleError, user_error
-from bundle.files import check_folder
+from bundle.locks import lock_folder
 from bundle.manifest import Manifest
 from bundle.model import make_detector
 from bundle.outputs import DetectionSaver, ScoreTable, Table
@@ -404,7 +404,7 @@ def test_what_the_disk_cannot_hold_leaves_no_half_result(tmp_path, detector, cap
 def test_an_output_folder_that_cannot_be_is_one_line_before_any_work(tmp_path, output):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(BundleError, match=r"cannot write '.*' \(.*\): free the disk, mend") as caught:
-        check_folder(tmp_path / output)
+        lock_folder(tmp_path / output)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
