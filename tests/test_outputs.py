@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -377,24 +378,30 @@ def test_a_volume_that_changes_before_its_header_is_needed_has_no_result(tmp_pat
         _original(str(tmp_path / "b.nii.gz"), (20, 20, 3))
 
 
-@pytest.fixture
+@contextmanager
 def small_disk():
-    """No file of more than 20 kB can be written: the system says so as of a full disk."""
+    """Let no file of more than 20 kB be written: the system says so as of a full disk.
+
+    The limit is of the whole process, so that it must end before the test does: pytest writes its own log.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_what_the_disk_cannot_hold_leaves_no_half_result(tmp_path, detector, caplog, small_disk):
+def test_what_the_disk_cannot_hold_leaves_no_half_result(tmp_path, detector, caplog):
     saver = saver_in(tmp_path, detector, on_error="skip")
     small = case(tmp_path, 1.0)
     large = small | {"name": "b"}
     for key in ("image", "pred_map", "pred_map_restored"):
         large[key] = MetaTensor(torch.rand(1, 200, 200, 1), meta=small[key].meta)
-    small_disk()
-    for data in (large, small):
-        saver.save_batch(SimpleNamespace(state=SimpleNamespace(batch=[data], output=[data])))
-    saver.save_tables()
+    with small_disk():
+        for data in (large, small):
+            saver.save_batch(SimpleNamespace(state=SimpleNamespace(batch=[data], output=[data])))
+        saver.save_tables()
     assert left_in(tmp_path / "out") == {*results_of("a"), "scores.csv", "results.json"}
     assert f"skipped 'b': cannot write '{tmp_path}/out' (File too large" in caplog.text
     assert "skipped 1 of 2 inputs whose results cannot be written" in caplog.text
