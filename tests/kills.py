@@ -243,6 +243,8 @@ def main():
             seconds[name] = run_undisturbed(name, place)
         moment = chance.uniform(0, seconds[name])
         was_killed, found, line = kill_once(number, name, place, moment, runs_before=chance.random() < 0.5)
+        if not was_killed:
+            seconds[name] = moment  # it takes less than that: the next kill comes earlier
         done, killed, wrong = done + 1, killed + was_killed, wrong + bool(found)
         print(f"{number} {name} {moment:.2f} s {was_killed} {found or 'as undisturbed'} [{line}]", flush=True)
     print(f"{done} runs, {killed} killed at work, {wrong} with another end")
