@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 from torch import Tensor
 
-# One color scale for all images: 0 is the mean of healthy patches, the middle is the threshold. A scale of each image's
-# own would make healthy images glow.
+from bundle.results import OUTLINE, heat
+
 COLORMAP = "inferno"
 OPACITY = 0.6
 
@@ -21,11 +21,6 @@ OPACITY = 0.6
 def picture(image: Tensor, index: int) -> np.ndarray:
     """Slice ``index`` of ``image`` [C, rows, columns, slices], as [rows, columns] or [rows, columns, 3]."""
     return image[..., index].movedim(0, -1).squeeze(-1).numpy()
-
-
-def heat(anomaly_map: np.ndarray, threshold: float) -> np.ndarray:
-    """The place of each value on the color scale, in [0, 1]; the threshold is at 0.5."""
-    return np.clip(anomaly_map / (2 * threshold), 0, 1) if threshold > 0 else (anomaly_map > threshold) * 1.0
 
 
 def blend(image: np.ndarray, anomaly_map: np.ndarray, threshold: float) -> np.ndarray:
@@ -39,7 +34,7 @@ def blend(image: np.ndarray, anomaly_map: np.ndarray, threshold: float) -> np.nd
     opacity = OPACITY * share[..., None]
     mixed = (1 - opacity) * np.clip(gray, 0, 1) + opacity * colormaps[COLORMAP](share)[..., :3]
     mask = anomaly_map > threshold
-    mixed[mask & ~binary_erosion(mask)] = (0.2, 1.0, 1.0)
+    mixed[mask & ~binary_erosion(mask)] = np.array(OUTLINE) / 255
     return (255 * mixed).round().astype(np.uint8)
 
 
@@ -84,13 +79,14 @@ def gallery(examples: Sequence[dict[str, Any]], threshold: float, title: str) ->
         row[0].set_ylabel(f"{example['name']}\nscore {example['score']:.1f}", fontsize=7)
         if example["mask"] is not None:
             row[1].imshow(example["mask"], cmap="gray", vmin=0, vmax=1)
-        shown = row[2].imshow(example["map"], cmap=COLORMAP, vmin=0, vmax=2 * threshold)
+        shown = row[2].imshow(heat(example["map"], threshold), cmap=COLORMAP, vmin=0, vmax=1)
         row[3].imshow(blend(example["image"], example["map"], threshold))
         for axis in row:
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[0], ("image", "true mask", "anomaly map", "overlay"), strict=True):
         axis.set_title(name, fontsize=9)
     bar = figure.colorbar(shown, ax=axes, location="bottom", fraction=0.02, aspect=60)
+    bar.set_ticks([0, 0.5, 0.75, 0.875, 1], labels=["healthy", *(f"{count * threshold:.1f}" for count in (1, 2, 3)), ""])
     bar.set_label("z-score among healthy patches; middle: threshold", fontsize=7)
     figure.suptitle(title, fontsize=9)
     return figure

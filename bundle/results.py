@@ -15,6 +15,8 @@ import numpy as np
 
 from bundle.errors import BundleError
 
+OUTLINE = (51, 255, 255)  # color of masks, in RGB: none that a heat map has
+
 
 @dataclass(frozen=True)
 class SliceResult:
@@ -47,6 +49,22 @@ class Unlike(NamedTuple):
 
     kind: str
     words: str
+
+
+def heat(anomaly_map: np.ndarray, threshold: float) -> np.ndarray:
+    """How anomalous each value is, in [0, 1]: the one color scale of all pictures and heat maps.
+
+    0 is the mean of healthy patches and below, 0.5 the threshold. Each further threshold halves what is left to 1, so
+    that one scale serves all cases: healthy ones do not glow, and in a map that is widely high the hottest places can
+    still be told apart.
+
+    Args:
+        anomaly_map: z-scores among healthy patches, any shape.
+        threshold: of the mask. Where it is not above 0, there is only below (0) and above (1).
+    """
+    if threshold > 0:
+        return 1 - np.exp2(-np.maximum(anomaly_map, 0) / threshold)
+    return (anomaly_map > threshold) * 1.0
 
 
 def looks_unlike(unlikeness: float, threshold: float) -> tuple[Unlike, ...]:

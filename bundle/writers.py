@@ -17,11 +17,11 @@ from PIL import Image, PngImagePlugin
 
 from bundle import __version__
 from bundle.errors import BundleError
-from bundle.figures import blend_slices, heat, overlay, picture
+from bundle.figures import blend_slices, overlay, picture
 from bundle.files import NIFTI_SUFFIXES, file_sha256, is_flat
 from bundle.networks.detector import Detector
 from bundle.provenance import model_words
-from bundle.results import CaseResult
+from bundle.results import CaseResult, heat
 
 if TYPE_CHECKING:  # highdicom is not everywhere
     from bundle.dicom.objects import Algorithm

@@ -24,7 +24,7 @@ from pydicom.uid import RLELossless
 from pydicom.valuerep import TM
 
 from bundle.dicom.series import PRODUCT, slice_places, volume_geometry
-from bundle.results import CaseResult, SliceResult
+from bundle.results import OUTLINE, CaseResult, SliceResult, heat
 
 MANUFACTURER = "dinov3_spatial_ar team"
 SCHEME = "99DINOV3AR"  # of the concepts that no public scheme has
@@ -42,8 +42,13 @@ REASONS = {
     "scheme": Code("other-intensities", SCHEME, "Intensities read in another way than in training"),
     "appearance": Code("other-appearance", SCHEME, "Looks unlike healthy training images"),
 }
-Z_SCORE = Code("anomaly-z-score", SCHEME, "Z-score among healthy patches")
-_GRAY_LEVELS = 2**16 - 1
+HEAT = Code("anomaly-heat", SCHEME, "Anomaly from 0 to 1, 0.5 at the threshold")
+# by defined terms of BodyPartExamined
+REGIONS = {
+    name.upper(): getattr(codes.SCT, name)
+    for name in ("Abdomen", "Brain", "Breast", "Chest", "Hand", "Head", "Heart", "Knee", "Liver", "Neck", "Pelvis", "Spine")
+}
+DEVIATIONS = Code("{SD}", "UCUM", "standard deviations above healthy images")
 _LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 _LARGEST_NUMBER = 2**31 - 1  # of a series
 
@@ -120,6 +125,7 @@ def segmentation(sources: Sequence[Dataset], mask: np.ndarray, algorithm: Algori
         algorithm_identification=_identification(algorithm),
         tracking_uid=hd.UID(),
         tracking_id="anomaly",
+        display_color=hd.color.CIELabColor.from_rgb(*OUTLINE),
     )
     measures = _measures(sources)
     written = seg.Segmentation(
@@ -141,10 +147,11 @@ def segmentation(sources: Sequence[Dataset], mask: np.ndarray, algorithm: Algori
 def parametric_map(
     sources: Sequence[Dataset], anomaly_map: np.ndarray, threshold: float, algorithm: Algorithm
 ) -> hd.pm.ParametricMap:
-    """The anomaly map as a DICOM Parametric Map.
+    """The anomaly map as a DICOM Parametric Map, as viewers take it.
 
-    Values are stored in 16 bits with a real world value map (slope and intercept), since few viewers show float pixels;
-    they come back to 1/65535 of their range. The window makes the threshold middle gray, as in all pictures.
+    Values are :func:`~bundle.results.heat`, from 0 to 1: OHIF multiplies maps by 100 and shows 0 to 100, whatever the
+    object says. They are floats, since OHIF and dcmqi misread integers. Frames ascend along the normal, as both take for
+    granted.
 
     Args:
         sources: of ``anomaly_map``.
@@ -152,33 +159,31 @@ def parametric_map(
         threshold: of the mask.
         algorithm: what made it.
     """
-    low, high = float(anomaly_map.min()), float(anomaly_map.max())
-    slope = (high - low) / _GRAY_LEVELS or 1.0
-    stored = np.round((anomaly_map - low) / slope).astype(np.uint16)
     mapping = hd.pm.RealWorldValueMapping(
         lut_label="ANOMALY",
-        lut_explanation="Z-score among healthy patches",
+        lut_explanation=_scale_in_words(threshold),
         unit=codes.UCUM.NoUnits,
-        value_range=(0, _GRAY_LEVELS),
-        slope=slope,
-        intercept=low,
-        quantity_definition=Z_SCORE,
+        value_range=(0.0, 1.0),
+        slope=1.0,
+        intercept=0.0,
+        quantity_definition=HEAT,
     )
     measures = _measures(sources)
     written = hd.pm.ParametricMap(
         source_images=list(sources),
-        pixel_array=_as_stored(sources, stored),
+        pixel_array=_as_stored(sources, heat(anomaly_map, threshold).astype(np.float32)),
         pixel_measures=measures,
         contains_recognizable_visual_features=False,
         real_world_value_mappings=[mapping],
-        voi_lut_transformations=[_window(threshold, low, slope)],
+        voi_lut_transformations=[hd.VOILUTTransformation(window_center=0.5, window_width=1.0)],
         content_label="ANOMALY",
-        content_description="Z-score among healthy patches",
+        content_description="Anomaly from 0 to 1; 0.5 is the threshold",
         contributing_equipment=[_contribution(algorithm)],
         **_series(sources, 2, "Anomaly map"),
         **_equipment(algorithm),
     )
-    written.Laterality = sources[0].get("Laterality", "")  # type 2C: empty where it is unknown
+    _ascend(written)
+    written.SharedFunctionalGroupsSequence[0].FrameAnatomySequence = [_anatomy(sources[0])]
     _tell_spacing(written, measures)
     return written
 
@@ -207,7 +212,7 @@ def overlay_series(sources: Sequence[Dataset], pictures: np.ndarray, algorithm: 
             patient_orientation=_row_and_column_direction(geometry),
             pixel_spacing=geometry.pixel_spacing,  # type: ignore[arg-type]  # its hint says int
             transfer_syntax_uid=RLELossless,
-            **common | {"sop_instance_uid": hd.UID(), "instance_number": index + 1},
+            **common | {"sop_instance_uid": hd.UID(), "instance_number": frame or source.get("InstanceNumber") or index + 1},
         )
         _sign(image, algorithm)
         image.copy_patient_and_study_information(source)
@@ -254,7 +259,7 @@ def report(
         tracking_identifier=sr.TrackingIdentifier(hd.UID(), "study"),
         algorithm_id=identification,
         measurements=[
-            sr.Measurement(name=name, value=float(value), unit=codes.UCUM.NoUnits)
+            sr.Measurement(name=name, value=round(float(value), 2), unit=DEVIATIONS)
             for name, value in ((ANOMALY_SCORE, score), (THRESHOLD, image_threshold))
             if np.isfinite(value)
         ],
@@ -266,7 +271,7 @@ def report(
             tracking_identifier=sr.TrackingIdentifier(hd.UID(), _shown_as(*places[named.index])),
             source_images=[_source_image(*places[named.index])],
             algorithm_id=identification,
-            measurements=[sr.Measurement(name=SLICE_SCORE, value=named.score, unit=codes.UCUM.NoUnits)],
+            measurements=[sr.Measurement(name=SLICE_SCORE, value=round(named.score, 2), unit=DEVIATIONS)],
         )
         for named in worst
     ]
@@ -411,11 +416,27 @@ def _hashes(algorithm: Algorithm) -> str:
     return f"weights sha256 {algorithm.weights}; model sha256 {algorithm.model}"
 
 
-def _window(threshold: float, low: float, slope: float) -> hd.VOILUTTransformation:
-    """The threshold in the middle, the mean of healthy patches black."""
-    center = (threshold - low) / slope if np.isfinite(threshold) else _GRAY_LEVELS / 2
-    width = 2 * threshold / slope if np.isfinite(threshold) and threshold > 0 else _GRAY_LEVELS
-    return hd.VOILUTTransformation(window_center=round(center, 3), window_width=max(1.0, round(width, 3)))
+def _scale_in_words(threshold: float) -> str:
+    """How heat follows from z-scores."""
+    return f"1 - 2^(-z / {threshold:.4g}), z-score among healthy patches"
+
+
+def _ascend(written: Dataset) -> None:
+    """Turn the order of frames around, which highdicom lets descend along the normal."""
+    shape = (written.NumberOfFrames, written.Rows, written.Columns)
+    written.FloatPixelData = np.frombuffer(written.FloatPixelData, "<f4").reshape(shape)[::-1].tobytes()
+    frames = written.PerFrameFunctionalGroupsSequence = written.PerFrameFunctionalGroupsSequence[::-1]
+    for number, frame in enumerate(frames, start=1):
+        frame.FrameContentSequence[0].DimensionIndexValues = [number]
+
+
+def _anatomy(source: Dataset) -> Dataset:
+    """What part of the body is shown, as far as the source tells; dcmqi reads no map without it."""
+    item = Dataset()
+    part = REGIONS.get(str(source.get("BodyPartExamined", "")).upper(), codes.SCT.EntireBody)
+    item.AnatomicRegionSequence = source.get("AnatomicRegionSequence") or [hd.sr.CodedConcept.from_code(part)]
+    item.FrameLaterality = source.get("Laterality") or "U"
+    return item
 
 
 def _row_and_column_direction(geometry: hd.VolumeGeometry) -> tuple[str, str]:

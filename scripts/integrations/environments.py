@@ -17,9 +17,14 @@ from bundle.errors import BundleError
 _COMPLETE = "complete"  # the file that an environment has from the moment on when nothing is missing
 
 
+def cache_folder() -> Path:
+    """Where what is fetched belongs if the user does not say: in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / NAME
+
+
 def default_base() -> Path:
-    """Where environments belong if the user does not say: the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / NAME / "environments"
+    """Where environments belong if the user does not say."""
+    return cache_folder() / "environments"
 
 
 def environment(requirements: Path, base: Path, name: str) -> Path:

@@ -117,7 +117,7 @@ def running(
         raise BundleError(f"no {'Orthanc' if program is None else PLUGIN.name} on this machine: {INSTALL}")
     with ExitStack() as stack:
         workspace = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orthanc-")))
-        server = Orthanc(**_free_ports(http_port=http_port, dicom_port=dicom_port), aet=aet)
+        server = Orthanc(**free_ports(http_port=http_port, dicom_port=dicom_port), aet=aet)
         settings = workspace / "orthanc.json"
         settings.write_text(json.dumps(configuration(server, storage or workspace / "storage", callers), indent=1))
         log = workspace / "orthanc.log"
@@ -159,7 +159,7 @@ def configuration(server: Orthanc, storage: Path, callers: Sequence[str] = CALLE
     }
 
 
-def _free_ports(**wanted: int) -> dict[str, int]:
+def free_ports(**wanted: int) -> dict[str, int]:
     """The wanted ports by name, with a free one for each 0."""
     with ExitStack() as stack:  # all at once, so that they differ
         sockets = [stack.enter_context(socket.socket()) for _ in wanted]
