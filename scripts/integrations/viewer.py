@@ -132,7 +132,8 @@ def settings() -> str:
             "routerBasename": None,
             "extensions": [],
             "modes": [],
-            "customizationService": {},
+            # an overlay is no film to play, and who looks at results wants no tour of the viewer first
+            "customizationService": {"autoCineModalities": {"$set": []}, "ohif.tours": {"$set": []}},
             "showStudyList": True,
             "maxNumberOfWebWorkers": 2,
             "defaultDataSourceName": NAME,
@@ -250,7 +251,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def viewing(folders: Sequence[Path], url: str | None, allow_remote: bool, port: int, package: Path | None) -> Iterator[str]:
+def viewing(
+    folders: Sequence[Path] = (),
+    url: str | None = None,
+    allow_remote: bool = False,
+    port: int = PORT,
+    package: Path | None = None,
+) -> Iterator[str]:
     """The address of the viewer, until the block ends."""
     if bool(folders) == bool(url):
         raise BundleError("nothing to show, or two things: give a FOLDER, or --url")

@@ -1,0 +1,304 @@
+"""What a person sees in OHIF, the viewer of many hospitals: in a real browser, from a real archive."""
+
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from PIL import Image
+from playwright.sync_api import sync_playwright
+from pydicom.uid import generate_uid
+from scipy.ndimage import binary_dilation, binary_erosion, label
+
+from bundle.dicom.mr import RAS_TO_LPS, SeriesIdentity, mr_series, write_series
+from bundle.dicom.objects import Algorithm, write_objects
+from bundle.dicom.series import read_volume
+from bundle.errors import BundleError
+from bundle.figures import blend_slices
+from bundle.results import CaseResult, RestoredMap, heat
+from scripts.integrations.viewer import dicom_files, ohif, viewing
+
+ROOT = Path(__file__).parents[2]
+SOFTWARE_GL = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist")
+SHAPE = (72, 96, 8)
+HOT_SLICE = 5  # of the volume, by its place along z
+THRESHOLD = 2.0
+AFFINE = np.array([[-1.0, 0, 0, 30], [0, -1, 0, 40], [0, 0, 4, -10], [0, 0, 0, 1]])  # columns to the left, rows back
+CANVAS = "canvas.cornerstone-canvas"
+THUMBNAIL = "[data-cy^=study-browser-thumbnail]"
+PAGE_SECONDS = 60
+
+
+def body_and_map():
+    """An ellipse in the air, which tells its slice by its size, and a map that is hot in one quarter of two slices."""
+    x, y, z = np.meshgrid(*map(np.arange, SHAPE), indexing="ij")
+    body = ((x - 36) / 30) ** 2 + ((y - 48) / 42) ** 2 < 0.6 + 0.05 * z
+    distance = np.hypot(x - 24, y - 62)
+    z_scores = np.where(body, 8.0 * np.exp(-((distance / 9) ** 2)), -6.0)
+    z_scores[..., HOT_SLICE + 1] /= 4
+    z_scores[..., [index for index in range(SHAPE[2]) if index not in (HOT_SLICE, HOT_SLICE + 1)]] = -6.0
+    return np.where(body, 700, 0).astype(np.int16), z_scores.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A folder with the DICOM results of a SYNTHETIC series, as inference writes them, and that series."""
+    folder = tmp_path_factory.mktemp("viewed")
+    uids = [generate_uid() for _ in range(3)]
+    pixels, z_scores = body_and_map()
+    images = mr_series(pixels, AFFINE, SeriesIdentity("ohif", "SYNTHETIC^OHIF", *uids, series_description="SYNTHETIC T1"))
+    files = write_series(images, folder / "in")
+    volume = read_volume(files)
+    flipped = nib.orientations.apply_orientation(
+        z_scores,
+        nib.orientations.ornt_transform(
+            nib.orientations.io_orientation(AFFINE), nib.orientations.io_orientation(volume.affine)
+        ),
+    )
+    result = CaseResult(
+        "a",
+        "in",
+        flipped[None],
+        flipped.max((0, 1)),
+        np.ones(SHAPE[2], bool),
+        threshold=THRESHOLD,
+        image_threshold=3.0,
+        on_file=RestoredMap(flipped, 2, tuple(range(SHAPE[2])), volume.instances),
+    )
+    (folder / "out").mkdir()
+    pictures = blend_slices(volume.pixels / 1000, flipped, THRESHOLD)
+    write_objects(folder / "out/a", volume.files.headers(), result, pictures, Algorithm("1.2.3", "a" * 64, "b" * 64))
+    written = sorted(str(file.relative_to(folder / "out")) for file in (folder / "out").rglob("*.dcm"))
+    content = {"tables": [], "results": {"a": {"input": str(folder / "in"), "files": written}}}
+    (folder / "out/results.json").write_text(json.dumps(content))
+    return folder, uids[0], volume, result
+
+
+@pytest.fixture(scope="module")
+def address(results):
+    folder, study, _, _ = results
+    with viewing([folder / "out"], port=0) as url:
+        yield f"{url}/viewer?StudyInstanceUIDs={study}"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", *SOFTWARE_GL])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def opened(address, browser):
+    """``opened(SERIES)``: the viewer with an object open, and a way to look at it."""
+    page = browser.new_page(viewport={"width": 1000, "height": 800})
+    page.set_default_timeout(1000 * PAGE_SECONDS)
+
+
+    def open_series(words):
+        page.goto(address)
+        page.get_by_text("Confirm and Hide").click()  # that this is for research
+        page.locator(THUMBNAIL, has_text=words).dblclick()
+        return page
+
+    yield open_series
+    page.close()
+
+
+def slice_shown(page):
+    """The number of the slice, from 1, that the viewer tells."""
+    return int(re.search(r"I:\s*\d+ \((\d+)/\d+\)", page.inner_text("body")).group(1))
+
+
+def wait_until(page, condition):
+    """Wait until ``condition`` holds of the picture in the viewport."""
+    deadline = time.monotonic() + PAGE_SECONDS
+    while not condition(picture_of(page)):
+        assert time.monotonic() < deadline, "the viewer does not show it"
+        page.wait_for_timeout(500)
+
+
+def color_of(shown):
+    return shown.max(-1) - shown.min(-1)
+
+
+def is_cyan(shown):
+    """Where a picture has the color of masks, over whatever gray."""
+    return np.minimum(shown[..., 1], shown[..., 2]) - shown[..., 0] > 40
+
+
+def extent_of(body):
+    """First row and column, and last ones, of the largest thing in a picture; the viewer writes letters beside it."""
+    things, _ = label(body)
+    body = things == np.bincount(things.ravel())[1:].argmax() + 1
+    rows, columns = (np.flatnonzero(body.any(axis)) for axis in (1, 0))
+    return np.array([[rows[0], columns[0]], [rows[-1] + 1, columns[-1] + 1]], float)
+
+
+def picture_of(page):
+    """What is seen in the viewport, [rows, columns, 3]."""
+    seen = page.screenshot(clip=page.locator(CANVAS).bounding_box())
+    return np.asarray(Image.open(io.BytesIO(seen)).convert("RGB")).astype(int)
+
+
+def show_slice(page, number):
+    """Scroll to the slice of this number."""
+    page.locator(CANVAS).hover()
+    while slice_shown(page) != number:
+        page.keyboard.press("ArrowUp" if slice_shown(page) > number else "ArrowDown")
+        page.wait_for_timeout(200)
+
+
+def scrolled(page):
+    """The pictures of all slices."""
+    shown = []
+    for number in range(1, SHAPE[2] + 1):
+        show_slice(page, number)
+        page.wait_for_timeout(300)  # until it is drawn
+        shown.append(picture_of(page))
+    return shown
+
+
+def on_voxels(pictures, bodies):
+    """Which slice each of ``pictures`` shows, with the value of the picture at the center of every pixel of that slice.
+
+    The bodies tell it: each has another size, and the largest one tells how large a pixel is shown, and where.
+    """
+    seen, known = ([extent_of(one) for one in found] for found in ([one.max(-1) > 40 for one in pictures], bodies))
+    largest, expected = (max(found, key=lambda extent: np.ptp(extent, axis=0).sum()) for found in (seen, known))
+    zoom = np.ptp(largest, axis=0) / np.ptp(expected, axis=0)
+    shift = largest[0] - zoom * expected[0]
+    for picture, extent in zip(pictures, seen, strict=True):
+        index = min(range(len(known)), key=lambda index: np.abs(zoom * known[index] + shift - extent).max())
+        assert np.abs((extent - shift) / zoom - known[index]).max() < 1.5  # pixels, of which the edge is half a one
+        centers = [zoom[axis] * (np.arange(size) + 0.5) + shift[axis] for axis, size in enumerate(bodies[0].shape)]
+        # the air at the rim may lie outside of the picture
+        rows, columns = (at.astype(int).clip(0, picture.shape[axis] - 1) for axis, at in enumerate(centers))
+        yield index, picture[np.ix_(rows, columns)]
+
+
+def pictures_by_slice(volume):
+    """Of each slice of an image [x, y, slices] the picture [rows, columns]."""
+    return [volume[..., index].T for index in range(volume.shape[2])]
+
+
+def center_of(values):
+    return np.array([np.average(index, weights=values) for index in np.indices(values.shape)])
+
+
+def test_the_map_is_colored_where_it_is_hot_and_lies_on_the_image(opened, results):
+    _, _, volume, result = results
+    page = opened("Anomaly map")
+    page.wait_for_function(r"/W:\s*100/.test(document.body.innerText)")  # the window of all maps in OHIF
+    show_slice(page, SHAPE[2] - HOT_SLICE)
+    wait_until(page, lambda shown: (color_of(shown) > 60).sum() > 10_000)
+    bodies = pictures_by_slice(volume.pixels[0] > 0)
+    hot = pictures_by_slice(heat(result.restored.values, THRESHOLD))
+    seen = []
+    for index, picture in on_voxels(scrolled(page), bodies):
+        seen.append(index)
+        colored = (color_of(picture) > 40) & bodies[index]
+        assert colored[hot[index] > 0.4].all()
+        assert not colored[hot[index] < 0.1].any()
+        if hot[index].max() > 0.4:
+            assert np.abs(center_of(colored * 1.0) - center_of((hot[index] > 0.25) * 1.0)).max() < 1  # pixel
+    assert sorted(seen) == list(range(SHAPE[2]))
+
+
+def test_the_segmentation_fills_the_lesion_in_the_color_of_all_outlines(opened, results):
+    _, _, volume, result = results
+    page = opened("Anomaly mask")
+    page.get_by_text("Yes", exact=True).click()
+    wait_until(page, lambda shown: (is_cyan(shown)).sum() > 1000)
+    bodies, masks = pictures_by_slice(volume.pixels[0] > 0), pictures_by_slice(result.mask)
+    seen = set()
+    for index, picture in on_voxels(scrolled(page), bodies):
+        filled = is_cyan(picture) & bodies[index]
+        assert filled[binary_erosion(masks[index])].all()
+        assert not filled[~binary_dilation(masks[index])].any()
+        seen |= {index} if filled.any() else set()
+    assert seen == {index for index, mask in enumerate(masks) if mask.any()}
+
+
+def test_the_overlay_is_shown_as_it_was_made(opened, results):
+    _, _, volume, result = results
+    page = opened("Anomaly overlay")
+    wait_until(page, lambda shown: is_cyan(shown).sum() > 100)
+    bodies = pictures_by_slice(volume.pixels[0] > 0)
+    expected = blend_slices(volume.pixels / 1000, result.restored.values, THRESHOLD)
+    for index, picture in on_voxels(scrolled(page), bodies):
+        differing = np.abs(picture - expected[index]).max(-1)[binary_erosion(bodies[index], iterations=2)]
+        assert np.quantile(differing, 0.99) < 3  # of 255: pixels are interpolated
+
+
+def test_a_map_opens_in_the_way_of_3d_slicer_with_its_values_in_their_places(results, tmp_path):
+    folder, _, _, result = results
+    program = Path(sys.executable).with_name("paramap2itkimage")
+    map_file = folder / "out/a_heatmap.dcm"
+    words = ["--inputDICOM", map_file, "--outputDirectory", tmp_path, "--outputType", "nrrd"]
+    subprocess.run([program, *words], check=True, capture_output=True)
+    image = sitk.ReadImage(tmp_path / "pmap.nrrd")
+    values = sitk.GetArrayFromImage(image).T
+    expected = heat(result.restored.values, THRESHOLD)
+    affine = read_volume(sorted((folder / "in").iterdir())).affine
+    for voxel in np.argwhere(expected > 0.05)[::7]:
+        place = (affine @ [*voxel, 1])[:3] * RAS_TO_LPS
+        index = image.TransformPhysicalPointToIndex(place.tolist())
+        assert values[index] == pytest.approx(expected[tuple(voxel)], abs=1e-6)
+
+
+def test_only_this_machine_is_answered_and_nothing_is_written(address):
+    root = address.partition("/viewer?")[0]
+    foreign = urllib.request.Request(root, headers={"Host": "hospital.example"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(foreign)
+    for method in ("POST", "DELETE", "PUT"):
+        with pytest.raises(urllib.error.HTTPError, match="405"):
+            urllib.request.urlopen(urllib.request.Request(f"{root}/dicom-web/studies", method=method, data=b""))
+    with urllib.request.urlopen(f"{root}/../../etc/passwd") as answer:
+        assert b"root:" not in answer.read()
+
+
+def test_a_folder_of_results_brings_its_inputs(results):
+    folder, _, _, _ = results
+    assert {file.parent.name for file in dicom_files([folder / "out"])} == {"in", "out", "a_overlay"}
+
+
+def test_another_package_than_the_known_one_is_refused(tmp_path):
+    (tmp_path / "app.tgz").write_bytes(b"something else")
+    with pytest.raises(BundleError, match="is not OHIF"):
+        ohif(tmp_path / "cache", tmp_path / "app.tgz")
+    assert not (tmp_path / "cache/ohif-3.13.2").exists()
+
+
+def test_the_command_prints_one_address_and_ends_cleanly(results):
+    folder, _, _, _ = results
+    command = [sys.executable, "-m", "scripts.integrations.viewer", str(folder / "out"), "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
+        url = next(line for line in running.stdout if line.startswith("OHIF")).split()[1]
+        with urllib.request.urlopen(url) as answer:
+            assert b"OHIF" in answer.read()
+        running.send_signal(signal.SIGINT)
+        assert running.wait(60) == 0
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(url)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [([], "nothing to show"), (["nowhere"], "no folder 'nowhere'"), (["."], "no DICOM file in '.'")]
+)
+def test_what_cannot_be_shown_is_one_line(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BundleError, match=message), viewing([Path(word) for word in words], port=0):
+        pass
