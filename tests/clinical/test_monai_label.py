@@ -295,7 +295,10 @@ def test_names_of_files_forge_no_line_of_a_log(sample_cohort, model_knobs, tmp_p
     studies.mkdir()
     names = [f"{number}{FORGING}" for number in (1, 2)]
     for number, name in enumerate(names, start=1):
-        shutil.copy(sample_cohort / "volumes" / "train" / f"sub-000{number}_flair.nii.gz", studies / f"{name}.nii.gz")
+        volume = nib.load(sample_cohort / "volumes" / "train" / f"sub-000{number}_flair.nii.gz")
+        volume.set_sform(None, 0)
+        volume.set_qform(None, 0)  # of which a training warns
+        nib.save(volume, studies / f"{name}.nii.gz")
     (studies / f"broken{FORGING}.nii.gz").write_bytes(b"no image")
     with serving(studies, tmp_path / "log", model_knobs, "--apps", apps, "--verbose") as server:
         for name in names:
@@ -308,6 +311,7 @@ def test_names_of_files_forge_no_line_of_a_log(sample_cohort, model_knobs, tmp_p
         assert task["status"] == "DONE", task
     for log in ((tmp_path / "log").read_text(), (apps / "logs" / "app.log").read_text()):
         assert "Adding New Image: 1flair\\n2026" in log and "Adding Label: 1flair\\n2026" in log
+        assert [line for line in log.splitlines() if "task_train" in line and FORGED in line]
         assert "\x1b" not in log
         assert not [line for line in log.splitlines() if line.startswith(FORGED)]
     assert not [line for line in task["details"] if line.startswith(FORGED)]
