@@ -309,7 +309,7 @@ class DetectionSaver:
         """
         result = CaseResult.from_output(data, self.settings.detector)
         if result.unlike:
-            logger.warning(f"'{result.name}' is unlike the training data, its map may mean nothing: {result.warning}")
+            logger.warning(result.doubt(f"'{result.name}'"))
         target = self.output_dir / result.name
         place, left = PurePosixPath(result.name).parent, self._left(result.name)
         stale = [str(PurePosixPath(file).relative_to(place)) for file in left]

@@ -21,14 +21,8 @@ from bundle.dicom.objects import write_objects
 from bundle.dicom.series import read_volume
 from bundle.dicom.words import facts_of, header_words, name_words
 from bundle.errors import BundleError
-from bundle.networks.likeness import (
-    FEWEST_CASES,
-    CaseLikeness,
-    Learned,
-    SliceLikeness,
-    careful_threshold,
-    read_summary,
-)
+from bundle.learned import Learned, read_summary
+from bundle.networks.likeness import FEWEST_CASES, CaseLikeness, SliceLikeness, careful_threshold
 from bundle.results import Unlike
 from bundle.training import Calibration
 from bundle.transforms import ExtractSlicesd, LoadCased, OrientSlicesd, ScaleIntensityByModalityd
