@@ -37,7 +37,7 @@ UNLIKE_REASON = Code("unlike-reason", SCHEME, "Reason for being unlike the train
 REASONS = {
     "modality": Code("other-modality", SCHEME, "Another modality than in training"),
     "sequence": Code("other-sequence", SCHEME, "Another sequence than in training"),
-    "contrast": Code("other-contrast", SCHEME, "Contrast agent, none in training"),
+    "contrast": Code("other-contrast", SCHEME, "Another contrast than in training"),
     "kernel": Code("other-kernel", SCHEME, "Another kernel than in training"),
     "scheme": Code("other-intensities", SCHEME, "Intensities read in another way than in training"),
     "appearance": Code("other-appearance", SCHEME, "Looks unlike healthy training images"),
