@@ -18,6 +18,7 @@ from typing import Any
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 from monai.bundle.scripts import run
+from tqdm import tqdm
 
 from bundle.errors import BundleError, did_you_mean, log_single_lines, shown, user_error
 from bundle.knobs import SYNTAX, Knob, is_used, knob_of, reached, read_text, typed
@@ -188,6 +189,8 @@ def show_error(kind: type[BaseException], error: BaseException, trace: Traceback
 
     What the system refuses is one line as well: a full disk, a file where a folder should be, missing rights.
     """
+    for bar in list(getattr(tqdm, "_instances", ())):  # of progress, which the error would continue the line of
+        bar.close()
     cause = user_error(error)
     if cause is not None:
         print(f"error: {cause}", file=sys.stderr)
