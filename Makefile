@@ -44,7 +44,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 debian-packages:
 	$(SUDO) apt-get update -qq
-	$(SUDO) apt-get install -y -qq --no-install-recommends orthanc orthanc-dicomweb dcmtk dicom3tools
+	$(SUDO) apt-get install -y -qq --no-install-recommends orthanc orthanc-dicomweb dcmtk dicom3tools chromium
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -18,13 +18,13 @@ from typing import Any
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 from monai.bundle.scripts import run
+from tqdm import tqdm
 
-from bundle.errors import BundleError, OneLine, did_you_mean, shown, user_error
+from bundle.errors import BundleError, did_you_mean, log_single_lines, shown, user_error
 from bundle.knobs import SYNTAX, Knob, is_used, knob_of, reached, read_text, typed
 from bundle.model import known_settings
 
 MODEL = "model"  # the item of a config that holds the settings of the model
-ONE_LINE = OneLine()
 COMMAND = "monai/bundle/__main__.py"
 _FLAG = re.compile(r"--?[A-Za-z_]")  # Fire takes one dash, too; -1 is a number
 logger = logging.getLogger(__name__)
@@ -42,8 +42,7 @@ def start(arguments: Sequence[str] | None = None) -> None:
     Raises:
         BundleError: for a word that is no knob, or a knob that is unknown, or of another type.
     """
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(ONE_LINE)
+    log_single_lines()
     arguments = sys.argv if arguments is None else arguments
     parser = _running_parser()
     if parser is not None and _is_run(arguments):
@@ -190,6 +189,8 @@ def show_error(kind: type[BaseException], error: BaseException, trace: Traceback
 
     What the system refuses is one line as well: a full disk, a file where a folder should be, missing rights.
     """
+    for bar in list(getattr(tqdm, "_instances", ())):  # of progress, which the error would continue the line of
+        bar.close()
     cause = user_error(error)
     if cause is not None:
         print(f"error: {cause}", file=sys.stderr)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable
 
 MAX_SHOWN = 200  # characters of a value in a message
+_BAR = "| "
 
 
 class BundleError(ValueError):
@@ -22,12 +23,35 @@ class BundleError(ValueError):
 
 
 class OneLine(logging.Filter):
-    """Lets every record pass, as one line: a file name can forge none."""
+    """Lets every record pass, as one line: a file name can forge none. A trace keeps its lines, each behind a bar."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Escape what is not printable in the message of ``record``."""
-        record.msg, record.args = one_line(record.getMessage().rstrip()), None
+        """Escape what is not printable in what ``record`` says."""
+        try:
+            message = record.getMessage()
+        except Exception:  # a library's values do not fit its message: what it does goes on all the same
+            message = f"{record.msg} {record.args}"
+        record.msg, record.args = one_line(message.rstrip()), None
+        if record.exc_info:
+            record.exc_text = _barred(record.exc_text or logging.Formatter().formatException(record.exc_info))
+        if record.stack_info:
+            record.stack_info = _barred(record.stack_info)
         return True
+
+
+ONE_LINE = OneLine()
+
+
+def log_single_lines() -> None:
+    """Escape all that this process logs from now on by the handlers that it has, of whichever library."""
+    loggers = [logging.getLogger(), *logging.getLogger().manager.loggerDict.values()]
+    for handler in (handler for one in loggers for handler in getattr(one, "handlers", ())):
+        handler.addFilter(ONE_LINE)
+
+
+def _barred(trace: str) -> str:
+    """``trace`` with a bar before each line, so that none in the text of an error passes for a record."""
+    return "\n".join(line if line.startswith(_BAR) else _BAR + one_line(line) for line in trace.split("\n"))
 
 
 def one_line(text: str) -> str:

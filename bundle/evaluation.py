@@ -17,6 +17,7 @@ from bundle.distributed import gather
 from bundle.errors import BundleError
 from bundle.figures import curves, gallery, picture
 from bundle.files import whole_file, write_csv, write_json
+from bundle.manifest import FIGURES, SCORES
 from bundle.metrics import METRIC_NAMES, AnomalyMetric
 from bundle.networks.detector import Detector
 from bundle.provenance import data_words, model_words
@@ -126,14 +127,15 @@ class EvaluationReport:
             "identity": self.detector.describe(),
         }
         rows = [{**row, "model": model, "data": self.data_words} for row in self.rows]
-        write_csv(self.output_dir / "test_scores.csv", rows, TEST_COLUMNS)
+        write_csv(self.output_dir / SCORES, rows, TEST_COLUMNS)
         row = {**metrics, "threshold": threshold, **protocol, "model": model, "data": self.data_words}
         write_csv(self.output_dir / "metrics.csv", [row], list(row))
-        figures = {"test_examples.png": gallery(self.examples, threshold, title)} if self.examples else {}
+        of_images, of_curves = FIGURES
+        figures = {of_images: gallery(self.examples, threshold, title)} if self.examples else {}
         pooled = self.metric.pooled  # of all processes
         roc, precision_recall = (pooled.roc_curve(), pooled.pr_curve()) if pooled else (None, None)
         if roc and precision_recall:
-            figures["test_curves.png"] = curves(roc, precision_recall, title)
+            figures[of_curves] = curves(roc, precision_recall, title)
         for name, figure in figures.items():
             with whole_file(self.output_dir / name) as partial:
                 figure.savefig(partial, dpi=100, format="png")

@@ -12,6 +12,7 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 
 from bundle.compute import Compute
 from bundle.errors import BundleError, check_choice
-from bundle.files import check_hash, whole_files, write_csv
+from bundle.files import check_hash, whole_files, write_csv, writing
 from bundle.identity import CALIBRATION, check_numbers, checked_identity
 from bundle.model import agreed_settings
 from bundle.networks.backbones import BACKBONES
@@ -115,7 +116,7 @@ def _resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-# writing
+# writing, of which export_all leaves nothing half done
 
 
 def export_torchscript(
@@ -139,9 +140,9 @@ def export_torchscript(
     if isinstance(detector, AnomalyDetector):
         embedded[_PASSPORT] = json.dumps(_passport(detector)).encode()
     values = ConfigParser.load_config_file(metadata) if metadata else None
-    with _whole(path) as partial, _quiet():
+    with _quiet(), Path(path).open("wb") as stream:  # torch ends the process if it cannot write to a file of its own
         scripted = torch.jit.script(copy.deepcopy(detector).float().cpu().eval())
-        save_net_with_metadata(scripted, str(partial), False, False, values, embedded)
+        save_net_with_metadata(scripted, stream, False, False, values, embedded)
 
 
 def export_onnx(detector: AnomalyDetector, path: str | os.PathLike) -> None:
@@ -159,7 +160,7 @@ def export_onnx(detector: AnomalyDetector, path: str | os.PathLike) -> None:
     height, width = detector.image_size
     example = torch.rand(2, 3, height // 2 + 3, width // 2 + 5)  # unlike each other: equal sizes may be taken for one
     axes = {0: "batch", 1: "channels", 2: "height", 3: "width"}
-    with _whole(path) as partial, _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad():
         program: Any = torch.onnx.export(
             graph,
             (example,),
@@ -174,7 +175,7 @@ def export_onnx(detector: AnomalyDetector, path: str | os.PathLike) -> None:
             node.metadata_props.clear()  # source lines and paths of this machine
         program.model.metadata_props.clear()
         program.model.metadata_props.update(_passport(detector))
-        program.save(partial, external_data=False)
+        program.save(path, external_data=False)
 
 
 def export_openvino(
@@ -191,12 +192,16 @@ def export_openvino(
         BundleError: if the packages are missing, or the weights exceed the 2 GB that one ONNX file can hold.
     """
     openvino = _optional("openvino")
-    with _whole(path) as partial, tempfile.TemporaryDirectory() as folder:
-        source = Path(onnx_file or Path(folder) / "model.onnx")
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+        source = Path(onnx_file or Path(folder, "model.onnx"))
         if onnx_file is None:
             export_onnx(detector, source)
         model = openvino.Core().read_model(source)
-        openvino.save_model(model, partial, compress_to_fp16=False)
+        try:
+            openvino.save_model(model, path, compress_to_fp16=False)
+        except RuntimeError:
+            shutil.copyfile(source, Path(folder, "room"))  # as large: here the system tells of a full disk
+            raise
 
 
 def _passport(detector: AnomalyDetector) -> dict[str, str]:
@@ -220,14 +225,12 @@ def _whole(path: str | os.PathLike) -> Iterator[Path]:
         BundleError: if it cannot be written.
     """
     target = Path(path)
-    with whole_files(target.parent) as folder:  # which moves the .bin before the .xml
+    with whole_files(target.parent) as folder, writing(target):  # which moves the .bin before the .xml
         try:
             yield folder / target.name
-        except RuntimeError as error:  # of torch and OpenVINO, with a full disk as well
+        except RuntimeError as error:  # of torch and OpenVINO
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise BundleError(
-                f"cannot write '{target}' ({reason}): free the disk, or leave the format out of --formats"
-            ) from error
+            raise BundleError(f"cannot write '{target}' ({reason}): leave the format out of --formats") from error
 
 
 @contextmanager

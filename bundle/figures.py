@@ -86,7 +86,8 @@ def gallery(examples: Sequence[dict[str, Any]], threshold: float, title: str) ->
     for axis, name in zip(axes[0], ("image", "true mask", "anomaly map", "overlay"), strict=True):
         axis.set_title(name, fontsize=9)
     bar = figure.colorbar(shown, ax=axes, location="bottom", fraction=0.02, aspect=60)
-    bar.set_ticks([0, 0.5, 0.75, 0.875, 1], labels=["healthy", *(f"{count * threshold:.1f}" for count in (1, 2, 3)), ""])
+    marked = [count * threshold for count in range(4)]
+    bar.set_ticks([float(heat(np.array(z), threshold)) for z in marked], labels=[f"{z:.1f}" for z in marked])
     bar.set_label("z-score among healthy patches; middle: threshold", fontsize=7)
     figure.suptitle(title, fontsize=9)
     return figure

@@ -22,6 +22,9 @@ from bundle.processes import has_ended, process_name
 
 PARTIAL = ".partial-"  # begins the name of what is being written
 DAY = 24 * 3600.0  # seconds
+ARTIFACTS = "mlruns"  # MLflow's folder beside its database: many files, and none of ours
+FREE_DISK = "free the disk, then run the same command again"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota or a limit of file size is reached
 _FORMER_PARTIAL = re.compile(r".+\.\d+\.partial|embeddings-\w{8}")  # names of versions before 0.6
 FLAT_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -132,7 +135,7 @@ def remove_leftovers(folder: str | os.PathLike) -> int:
             else:
                 path.unlink(missing_ok=True)
         removed += len(left)
-        folders[:] = [name for name in folders if name not in left and name != "mlruns"]  # many, and none of ours
+        folders[:] = [name for name in folders if name not in left and name != ARTIFACTS]
     return removed
 
 
@@ -148,7 +151,7 @@ def _is_leftover(path: Path) -> bool:
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Say in one line why ``place`` cannot be written.
+    """Say in one line why ``place`` cannot be written, and what helps.
 
     Raises:
         BundleError: if the system refuses to write, as with a full disk.
@@ -159,9 +162,8 @@ def writing(place: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         inner = error.filename and PARTIAL not in str(error.filename) and Path(str(error.filename)) != place
         where = f": '{error.filename}'" if inner else ""
-        raise BundleError(
-            f"cannot write '{place}' ({reason}{where}): free the disk, mend the folder or its rights, or give another"
-        ) from error
+        remedy = FREE_DISK if error.errno in _NO_ROOM else "mend the folder or its rights, or give another"
+        raise BundleError(f"cannot write '{place}' ({reason}{where}): {remedy}") from error
 
 
 @contextmanager

@@ -14,6 +14,8 @@ MAX_VOXELS = 10**9  # 786 million are a CT of 512 x 512 x 3000
 MAX_SIDE = 65535  # pixels; what JPEG and DICOM can say of a side
 RATIO = 1032  # bytes that deflate makes of one, at most; other codecs come near it in pictures that show something
 GRANTED = 2**26  # bytes that any file may claim, for codecs that keep a blank picture in a few bytes
+MAX_SCANS = 100  # of a JPEG, each of which passes over all pixels; encoders write ten, and libtiff reads no more
+MAX_PARTS = 4 * MAX_SIDE  # of a TIFF, each of which takes time, however small: a strip for each row of four bands
 INFLATED = 2**28  # bytes that a deflated DICOM file may hold, header and pixels
 
 _KINDS = {
@@ -91,4 +93,22 @@ def check_claim(place: Any, claimed: int, size: int, packed: bool = True) -> Non
         raise BundleError(
             f"'{place}' claims {claimed} bytes of pixels, which its {size} bytes cannot hold: replace the file, or "
             "skip such files with --on_error skip"
+        )
+
+
+def check_count(place: Any, count: int, parts: str, most: int) -> None:
+    """Refuse a file in so many parts that decoding them takes longer than its pixels are worth.
+
+    Args:
+        place: what a person finds it by.
+        count: of the parts.
+        parts: in words, in the plural.
+        most: of them.
+
+    Raises:
+        BundleError: if there are more.
+    """
+    if count > most:
+        raise BundleError(
+            f"'{place}' has {count} {parts}, more than {most}: save it anew, or skip such files with --on_error skip"
         )

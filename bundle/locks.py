@@ -99,7 +99,11 @@ def _locked(file: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(descriptor, file):
                 os.ftruncate(descriptor, 0)
-                os.write(descriptor, json.dumps(_this_command()).encode())
+                try:
+                    os.write(descriptor, json.dumps(_this_command()).encode())
+                except OSError:  # as with a full disk
+                    file.unlink()
+                    raise
                 return descriptor
         except BaseException:
             os.close(descriptor)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from bundle.errors import BundleError
-from bundle.files import write_json, writing
+from bundle.files import ARTIFACTS, write_json, writing
 
 FILE = "results.json"
 JOURNALS = "results-*.jsonl"
 OF_RUN = ""  # the name of what belongs to no input: tables
+FIGURES = ("test_examples.png", "test_curves.png")  # of an evaluation
+SCORES = "test_scores.csv"  # which an evaluation writes before them
 
 
 class Entry(NamedTuple):
@@ -52,6 +55,32 @@ class Manifest:
                 self.entries[name] = Entry(entry.source, entry.files | self.files_of(name))
         self.mine: dict[str, Entry] = {}
         self.files = {file for entry in self.entries.values() for file in entry.files}
+        self._real = os.path.realpath(self.folder)
+        self._figures = FIGURES if (self.folder / SCORES).exists() else ()
+
+    def __contains__(self, file: str) -> bool:
+        """Whether the file of this real path is a result of an earlier run, or a copy of one that MLflow keeps."""
+        if not file.startswith(f"{self._real}{os.sep}"):
+            return False
+        below = PurePosixPath(os.path.relpath(file, self._real))
+        return str(below) in self.files or str(below) in self._figures or below.parts[0] == ARTIFACTS
+
+    def refuse_inputs(self, files: Iterable[str | os.PathLike]) -> None:
+        """Refuse to write results beside inputs, which they may overwrite.
+
+        Args:
+            files: the inputs.
+
+        Raises:
+            BundleError: with the first that lies in the folder, or below it.
+        """
+        real_folder = cache(os.path.realpath)
+        for file in files:
+            if os.path.commonpath([real_folder(os.path.dirname(file)), self._real]) == self._real:
+                raise BundleError(
+                    f"'{file}' lies in output_dir '{self.folder}', where results may overwrite it: give an "
+                    "--output_dir without images"
+                )
 
     def files_of(self, name: str) -> frozenset[str]:
         """The files of the result ``name``; none of one that is unknown."""

@@ -13,10 +13,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from bundle.errors import BundleError
-from bundle.files import partial_prefix
+from bundle.files import ARTIFACTS, partial_prefix
 
 PREFIX = "sqlite:///"
-ARTIFACTS = "mlruns"  # MONAI's name for the folder beside the database
 BESIDE = ("-journal", "-wal", "-shm")  # of SQLite; beside a database that they do not belong to, they would spoil it
 
 logger = logging.getLogger(__name__)

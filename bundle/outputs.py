@@ -18,7 +18,7 @@ from ignite.engine import Engine, Events
 from bundle.data.cases import Case, find_images
 from bundle.distributed import gather
 from bundle.errors import BundleError, check_choice
-from bundle.files import files_below, files_of, whole_files, write_csv, writing
+from bundle.files import files_below, whole_files, write_csv, writing
 from bundle.manifest import FILE, OF_RUN, Manifest
 from bundle.networks.detector import Detector
 from bundle.provenance import data_words
@@ -174,15 +174,7 @@ def find_inputs(
             where a result may be written stands what no earlier run has left there.
     """
     manifest = Manifest(output_dir)
-    folder = os.path.realpath(output_dir)
-    cases = find_images(dataset_dir, {os.path.join(folder, file) for file in manifest.files}, follow_links)
-    real_folder = cache(os.path.realpath)
-    for file in (file for case in cases for file in files_of(case["image"])):
-        if os.path.commonpath([real_folder(file.parent), folder]) == folder:
-            raise BundleError(
-                f"'{file}' lies in output_dir '{output_dir}', where results may overwrite it: give an --output_dir "
-                "without images"
-            )
+    cases = find_images(dataset_dir, follow_links, manifest)
     names = {case["name"] for case in cases}
     suffixes = [suffix for writer in writers for suffix in writer.suffixes]
     _check_places(manifest, names, suffixes, {FILE, *(table.file for table in tables)})
@@ -309,7 +301,7 @@ class DetectionSaver:
         """
         result = CaseResult.from_output(data, self.settings.detector)
         if result.unlike:
-            logger.warning(f"'{result.name}' is unlike the training data, its map may mean nothing: {result.warning}")
+            logger.warning(result.doubt(f"'{result.name}'"))
         target = self.output_dir / result.name
         place, left = PurePosixPath(result.name).parent, self._left(result.name)
         stale = [str(PurePosixPath(file).relative_to(place)) for file in left]

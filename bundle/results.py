@@ -67,14 +67,6 @@ def heat(anomaly_map: np.ndarray, threshold: float) -> np.ndarray:
     return (anomaly_map > threshold) * 1.0
 
 
-def looks_unlike(unlikeness: float, threshold: float) -> tuple[Unlike, ...]:
-    """The reason that an ``unlikeness`` above its ``threshold`` is; none below."""
-    if not unlikeness > threshold:
-        return ()
-    words = f"its looks differ from healthy training images by {unlikeness:.1f}, threshold {threshold:.1f}"
-    return (Unlike("appearance", words),)
-
-
 class RestoredMap(NamedTuple):
     """An anomaly map on the axes of its file.
 
@@ -173,6 +165,10 @@ class CaseResult:
     def warning(self) -> str:
         """Why the result may mean nothing, in one line; empty if the case is like the training data."""
         return "; ".join(reason.words for reason in self.unlike or ())
+
+    def doubt(self, named: str) -> str:
+        """The sentence of a log on a case that is unlike the training data; ``named``: how the log calls it."""
+        return f"{named} is unlike the training data, its map may mean nothing: {self.warning}"
 
     @property
     def restored(self) -> RestoredMap:

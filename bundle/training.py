@@ -27,8 +27,8 @@ from bundle.compute import Compute
 from bundle.data.embeddings import EmbeddingDataset
 from bundle.distributed import check_synchronized
 from bundle.errors import BundleError, check, check_choice
+from bundle.learned import Learned
 from bundle.networks.detector import AnomalyDetector
-from bundle.networks.likeness import Learned
 from bundle.networks.scores import check_rate, rate_interval
 from bundle.networks.weights import read_plain, weights_id
 from bundle.tracking import Tracker

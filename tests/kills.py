@@ -95,9 +95,9 @@ def bundle_command(log, run_id, config, **knobs):
     return work
 
 
-def command(name, place, output):
+def command(name, place, output, log=None):
     """The command ``name`` of :data:`COMMANDS` on the data in ``place``, which writes into ``output``."""
-    log = output.with_suffix(".log")
+    log = log or output.with_suffix(".log")
     data, model = place / "cohort/slices", place / "whole/training/model.pt"
     known = {"checkpoint": model, "device": "cpu", "output_dir": output}
     if name == "training":

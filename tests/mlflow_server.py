@@ -1,135 +1,117 @@
-"""A small tracking server that speaks as much of MLflow's protocol as the bundle needs, and can die."""
+"""A real MLflow server on this machine that can die, come back, stop answering and lose its disk."""
 
-import json
-import threading
-import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlsplit
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager, suppress
 
-API = "/api/2.0/mlflow/"
-FILES = "/api/2.0/mlflow-artifacts/artifacts/"
+from mlflow import MlflowClient
+
+from bundle.tracking import EXPERIMENT
+
+ALONE = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight more processes
+    "OMP_NUM_THREADS": "1",
+}
+SECONDS = 120  # to start in, on a busy machine
+END_WITH_US = 'cat; kill -s KILL -- "-$0"'  # as soon as nobody holds the other end of its input
 
 
 class Server:
-    """Keeps runs while it is away.
+    """Keeps runs and files in a folder while it is away. It ends with the process of the tests, however that ends."""
 
-    Attributes:
-        runs: by id, as MLflow's JSON has them, with names of files under `files`.
-        hangs: take requests and never answer.
-        loses_files: has no place for them at present.
-        refuses: names of endpoints that answer that a parameter is invalid.
-    """
-
-    def __init__(self):
-        self.runs = {}
-        self.experiments = {}
-        self.hangs = threading.Event()
-        self.refuses = set()
-        self.loses_files = False
-        self.http = None
-        self.port = 0
+    def __init__(self, folder):
+        self.folder = folder
+        self.files = folder / "files"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.database = folder / "mlflow.db"
+        self.process = self.watcher = None
 
     @property
-    def uri(self):
-        return f"http://127.0.0.1:{self.port}"
+    def client(self):
+        return MlflowClient(self.uri)
 
     def start(self):
-        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), _handler(self))
-        self.http.daemon_threads = True
-        self.port = self.http.server_port
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+        """Wait until it answers; nothing if it runs."""
+        if self.process is not None:
+            return self
+        options = {
+            "backend-store-uri": f"sqlite:///{self.database}",
+            "artifacts-destination": self.files.as_uri(),
+            "host": "127.0.0.1",
+            "port": self.port,
+            "workers": 1,
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *(f"--{name}={value}" for name, value in options.items())],
+            env={key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")} | ALONE,
+            stdout=(self.folder / "log").open("a"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.watcher = subprocess.Popen(["sh", "-c", END_WITH_US, str(self.process.pid)], stdin=subprocess.PIPE)
+        end = time.monotonic() + SECONDS
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.kill()
+                raise RuntimeError((self.folder / "log").read_text()[-3000:])
+            time.sleep(0.1)
         return self
 
-    def stop(self):
-        self.http.shutdown()
-        self.http.server_close()
+    def _answers(self):
+        with suppress(OSError):
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=1).status == 200
+        return False
 
-    def answer(self, method, path, body, query):
-        if path.startswith(FILES):
-            if self.loses_files:
-                raise ValueError("TEMPORARILY_UNAVAILABLE")
-            run = self.runs[path.removeprefix(FILES).split("/")[0]]
-            run["files"].append(path.partition("/artifacts/artifacts/")[2].partition("/")[2])
-            return {}
-        return getattr(self, path.removeprefix(API).replace("/", "_").replace("-", "_"))(body, query)
+    def kill(self):
+        """End all of its processes at once, without a word; nothing if it does not run."""
+        if self.process is not None:
+            self.watcher.stdin.close()
+            self.watcher.wait()
+            self.process.wait()
+            self.process = None
 
-    def experiments_get_by_name(self, body, query):
-        return {"experiment": self.experiments[query["experiment_name"][0]]}
+    @contextmanager
+    def silent(self):
+        """It takes requests and answers none."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        yield
+        os.killpg(self.process.pid, signal.SIGCONT)
 
-    def experiments_create(self, body, query):
-        self.experiments[body["name"]] = {
-            "experiment_id": "1",
-            "name": body["name"],
-            "lifecycle_stage": "active",
-            "artifact_location": "mlflow-artifacts:/",
-        }
-        return {"experiment_id": "1"}
+    @contextmanager
+    def without_disk(self):
+        """It has no place for files."""
+        self.files.mkdir(exist_ok=True)
+        kept = self.files.rename(self.folder / "kept")
+        self.files.touch()
+        yield
+        self.files.unlink()
+        kept.rename(self.files)
 
-    def runs_create(self, body, query):
-        number = uuid.uuid4().hex  # MLflow remembers where runs keep their files
-        info = {
-            "run_id": number,
-            "run_uuid": number,
-            "run_name": body["run_name"],
-            "experiment_id": "1",
-            "status": "RUNNING",
-            "start_time": body["start_time"],
-            "artifact_uri": f"{self.uri}{FILES}{number}",
-            "lifecycle_stage": "active",
-        }
-        self.runs[number] = {"info": info, "data": {"tags": body["tags"], "metrics": [], "params": []}, "files": []}
-        return {"run": self.runs[number]}
+    def ask(self, count):
+        """A number from its database, whether it runs or not."""
+        with sqlite3.connect(self.database) as connection:
+            return connection.execute(count).fetchone()[0]
 
-    def runs_get(self, body, query):
-        return {"run": self.runs[query["run_id"][0]]}
+    def runs(self, name):
+        """Those of this name."""
+        experiment = self.client.get_experiment_by_name(EXPERIMENT).experiment_id
+        return list(self.client.search_runs([experiment], f"attributes.run_name = '{name}'"))
 
-    def runs_search(self, body, query):
-        key, _, value = body.get("filter", "").partition(" = ")
-        name = {"attributes.run_name": "run_name", "attributes.status": "status"}[key]
-        return {"runs": [run for run in self.runs.values() if run["info"][name] == value.strip("'")]}
+    def losses(self, run):
+        """Steps and values."""
+        return sorted((one.step, one.value) for one in self.client.get_metric_history(run.info.run_id, "train_loss"))
 
-    def runs_log_batch(self, body, query):
-        data = self.runs[body["run_id"]]["data"]
-        data["metrics"] += body.get("metrics", [])
-        data["params"] += body.get("params", [])
-        return {}
-
-    def runs_update(self, body, query):
-        self.runs[body["run_id"]]["info"]["status"] = body["status"]
-        return {"run_info": self.runs[body["run_id"]]["info"]}
-
-
-def _handler(server):
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *words):
-            pass
-
-        def serve(self):
-            length = int(self.headers.get("Content-Length") or 0)
-            content = self.rfile.read(length)
-            url = urlsplit(self.path)
-            if server.hangs.is_set():
-                threading.Event().wait(60)
-                return
-            try:
-                body = {} if url.path.startswith(FILES) else json.loads(content or b"{}")
-                if url.path.removeprefix(API) in server.refuses:
-                    raise ValueError("INVALID_PARAMETER_VALUE")
-                status, answer = 200, server.answer(self.command, url.path, body, parse_qs(url.query))
-            except ValueError as error:
-                status, answer = (
-                    503 if "UNAVAILABLE" in str(error) else 400,
-                    {"error_code": str(error), "message": "not so"},
-                )
-            except (KeyError, AttributeError) as error:
-                status, answer = 404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": str(error)}
-            text = json.dumps({key: value for key, value in answer.items() if key != "files"}).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-        do_GET = do_POST = do_PUT = do_PATCH = serve  # noqa: N815
-
-    return Handler
+    def artifacts(self, run, folder=None):
+        """Their paths in the run."""
+        found = self.client.list_artifacts(run.info.run_id, folder)
+        return sorted(path for one in found for path in (self.artifacts(run, one.path) if one.is_dir else [one.path]))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import unicodedata
+from itertools import chain
 from pathlib import Path
 
 import nibabel as nib
@@ -19,6 +20,7 @@ from bundle.data import find_images, find_splits, keep_readable, read_splits
 from bundle.data.cases import _named, add_keys, number_patients
 from bundle.errors import BundleError
 from bundle.files import content_key
+from bundle.manifest import Manifest
 from bundle.transforms import ExtractSlicesd, LoadCased
 
 
@@ -205,11 +207,50 @@ def test_a_file_that_is_called_like_a_suffix_keeps_its_name(tmp_path):
     assert {case["name"] for case in find_images(tmp_path)} == {".png", "..png", "...png"}
 
 
-def test_files_that_are_to_be_passed_over_are_by_whatever_way_they_are_found(tmp_path):
-    picture(tmp_path / "in/a.png")
-    picture(tmp_path / "in/b.png")
+def found_by(find, data, output):
+    """The names of what there is to learn and test on, or to infer on, in ``data``, with results in ``output``."""
+    found = find(data, results=Manifest(output))
+    return [case["name"] for case in (found if find is find_images else chain(*found.values()))]
+
+
+@pytest.mark.parametrize("find", [find_images, find_splits])
+@pytest.mark.parametrize("way", ["in", "link"])
+def test_results_of_earlier_runs_are_no_data(tmp_path, find, way):
+    output = tmp_path / "in/output"
+    for name in ("a", "b", "output/deep/a_mask", "output/test_examples", "output/mlruns/1/artifacts/test_examples"):
+        picture(tmp_path / f"in/{name}.png")
+    (output / "test_scores.csv").touch()
+    (output / "results.json").write_text(
+        '{"tables": [], "results": {"a": {"input": "a", "files": ["deep/a_mask.png"]}}}'
+    )
     (tmp_path / "link").symlink_to(tmp_path / "in")
-    assert [case["name"] for case in find_images(tmp_path / "link", {str(tmp_path / "in/b.png")})] == ["a"]
+    assert sorted(found_by(find, tmp_path / way, output)) == ["a", "b"]
+    (output / "test_scores.csv").unlink()  # so that the figure is none of an evaluation
+    with pytest.raises(BundleError, match="output/test_examples.png' lies in output_dir"):
+        found_by(find, tmp_path / way, output)
+
+
+@pytest.mark.parametrize("output", ["train/good", "valid", "test/Ungood", "test/Ungood/label", "."])
+def test_an_output_folder_in_which_data_or_their_masks_lie_is_refused(tmp_path, output):
+    data = bmad(tmp_path / "in")
+    with pytest.raises(BundleError, match="lies in output_dir .*: give an --output_dir without images"):
+        found_by(find_splits, data, data / output)
+    assert len(found_by(find_splits, data, data / "output")) == 6
+
+
+def test_only_images_that_a_command_needs_are_in_the_way_of_its_results(tmp_path):
+    data = bmad(tmp_path / "in")
+    find_splits(data, needed=("test",), results=Manifest(data / "train"))
+    with pytest.raises(BundleError, match="lies in output_dir"):
+        find_splits(data, needed=("test",), results=Manifest(data / "test"))
+
+
+def test_images_of_a_datalist_are_not_in_the_folder_of_results(tmp_path):
+    for name in ("a", "output/b"):
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "data.json").write_text('{"training": ["a.png", "output/b.png"]}')
+    with pytest.raises(BundleError, match="output/b.png' lies in output_dir"):
+        found_by(find_splits, tmp_path / "data.json", tmp_path / "output")
 
 
 def test_a_float_label_counts_and_another_number_is_refused(tmp_path):
@@ -306,7 +347,7 @@ def test_images_are_hashed_once_with_a_feature_cache_and_not_at_all_without(tmp_
     hashed = []
     digest = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda stream, name: hashed.append(stream.name) or digest(stream, name))
-    knobs = {"dataset_dir": str(bmad(tmp_path / "data")), "output_dir": str(tmp_path), "cache_dir": cache}
+    knobs = {"dataset_dir": str(bmad(tmp_path / "data")), "output_dir": str(tmp_path / "out"), "cache_dir": cache}
     parser = ConfigParser(ConfigParser.load_config_file("configs/train.json") | knobs)
     parser.update({"store::recipe": {}, "splits::transform": "$lambda case: case", "splits::healthy_transform": None})
     splits = parser.get_parsed_content("splits")

@@ -454,6 +454,15 @@ def test_bad_settings_end_in_one_line_and_leave_nothing(case, cohort, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("command", "config"), [("training", TRAIN), ("evaluating", EVALUATE)])
+def test_an_output_folder_among_the_data_is_refused_and_nothing_changes_there(command, config, cohort, knobs):
+    output = cohort / "slices/test"
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    done = run(command, config, dataset_dir=cohort / "slices", output_dir=output, **knobs)
+    assert f"lies in output_dir '{output}', where results may overwrite it: give an --output_dir" in error_line(done)
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
 def test_a_truncated_training_image_ends_in_one_line_or_is_skipped_and_counted(cohort, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(cohort / "slices/train/good", data)

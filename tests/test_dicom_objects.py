@@ -12,7 +12,7 @@ from bundle.dicom.mr import mr_series, write_series
 from bundle.dicom.objects import Algorithm, write_objects
 from bundle.dicom.series import read_headers, read_volume
 from bundle.errors import BundleError
-from bundle.results import CaseResult, RestoredMap
+from bundle.results import CaseResult, RestoredMap, Unlike, heat
 
 ALGORITHM = Algorithm("1.2.3", "a" * 64, "b" * 64)
 THRESHOLD = 1.5
@@ -76,17 +76,40 @@ def test_the_segmentation_has_the_voxels_of_the_mask(written):
     np.testing.assert_allclose(affine, volume.affine, atol=1e-5)
 
 
-def test_the_parametric_map_has_the_values_of_the_anomaly_map(written):
+def test_the_parametric_map_has_the_heat_of_the_anomaly_map(written):
     folder, _, volume, result = written
     stored = hd.imread(folder / "a_heatmap.dcm")
     values, affine = as_xyz(stored.get_volume(apply_real_world_transform=True))
-    step = np.ptp(result.restored.values) / 65535
-    np.testing.assert_allclose(values, result.restored.values, atol=0.51 * step)
+    np.testing.assert_allclose(values, heat(result.restored.values, THRESHOLD), atol=1e-6)
+    np.testing.assert_array_equal(values > 0.5, result.mask)
     np.testing.assert_allclose(affine, volume.affine, atol=1e-5)
-    [mapping] = stored.SharedFunctionalGroupsSequence[0].RealWorldValueMappingSequence
-    [window] = stored.SharedFunctionalGroupsSequence[0].FrameVOILUTSequence
-    center = mapping.RealWorldValueIntercept + mapping.RealWorldValueSlope * float(window.WindowCenter)
-    assert center == pytest.approx(THRESHOLD, abs=1e-3)
+    shared = stored.SharedFunctionalGroupsSequence[0]
+    assert float(shared.FrameVOILUTSequence[0].WindowCenter) == 0.5
+    assert "1 - 2^(-z / 1.5)" in shared.RealWorldValueMappingSequence[0].LUTExplanation
+    assert shared.FrameAnatomySequence[0].AnatomicRegionSequence[0].CodeMeaning == "Entire body"
+
+
+def test_frames_of_the_parametric_map_ascend_along_the_normal_and_keep_their_sources(written):
+    folder, sources, _, _ = written
+    stored = dcmread(folder / "a_heatmap.dcm")
+    orientation = stored.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient
+    normal = np.cross(orientation[:3], orientation[3:])
+    frames = stored.PerFrameFunctionalGroupsSequence
+    places = [np.array(frame.PlanePositionSequence[0].ImagePositionPatient, float) for frame in frames]
+    assert (np.diff([normal @ place for place in places]) > 0).all()
+    assert [frame.FrameContentSequence[0].DimensionIndexValues for frame in frames] == list(range(1, 7))
+    if len(sources) > 1:
+        for source, place, frame in zip(sources, places, frames, strict=True):
+            [reference] = frame.DerivationImageSequence[0].SourceImageSequence
+            assert reference.ReferencedSOPInstanceUID == source.SOPInstanceUID
+            np.testing.assert_allclose(place, np.array(source.ImagePositionPatient, float), atol=1e-3)
+
+
+def test_one_scale_serves_weak_and_strong_anomalies():
+    values = np.array([-6.0, 0.0, 1.5, 3.0, 15.0])
+    np.testing.assert_allclose(heat(values, 1.5), [0, 0, 0.5, 0.75, 1 - 2.0**-10])
+    np.testing.assert_array_equal(heat(values, 0.0), [0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(heat(values, np.inf), 0)
 
 
 def test_the_overlay_is_a_series_of_color_images_at_the_places_of_the_slices(written):
@@ -107,13 +130,24 @@ def test_the_report_names_score_threshold_and_worst_slices(written):
     assert values["Anomaly score"] == 4.5
     assert values["Threshold of the anomaly score"] == 3.0
     worst = result.worst(2)
-    assert [group.get_measurements()[0].value for group in slices] == pytest.approx([named.score for named in worst])
+    assert [group.get_measurements()[0].value for group in slices] == [round(named.score, 2) for named in worst]
+    assert {group.get_measurements()[0].unit.value for group in groups} == {"{SD}"}
     for group, index in zip(slices, [named.index for named in worst], strict=True):
         [reference] = group.source_images
         source = sources[index] if len(sources) > 1 else sources[0]
         assert reference.referenced_sop_instance_uid == source.SOPInstanceUID
         if len(sources) == 1:
             assert reference.referenced_frame_numbers == [volume.instances[index]]
+
+
+@pytest.mark.parametrize("unlike", [(), (Unlike("modality", "modality CT, learned from MR"),)])
+def test_the_report_says_what_a_score_means_and_what_to_doubt(tmp_path, unlike):
+    write(tmp_path / "a", series(tmp_path / "in"), unlike=unlike)
+    items = dcmread(tmp_path / "a_report.dcm").ContentSequence
+    comments = " ".join(item.TextValue for item in items if item.ValueType == "TEXT")
+    assert "standard deviations above the mean of healthy images" in comments
+    assert "no diagnosis" in comments
+    assert ("modality CT, learned from MR" in comments) == bool(unlike)
 
 
 def test_objects_belong_to_patient_study_and_frame_of_reference(written):

@@ -106,7 +106,7 @@ def test_every_knob_of_a_command_is_one_of_its_configs(name, words):
 @pytest.fixture(scope="module")
 def options():
     """All knobs of all configs, and all options of all scripts."""
-    files = [*(ROOT / "scripts").rglob("*.py"), ROOT / "tests/kills.py"]
+    files = [*(ROOT / "scripts").rglob("*.py"), ROOT / "tests/kills.py", ROOT / "tests/disks.py"]
     sources = "\n".join(path.read_text(encoding="utf-8") for path in files)
     options_of_scripts = set(re.findall(r"\"--(\w+)\"", sources))
     with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from bundle.errors import BundleError, OneLine
+from bundle.errors import BundleError, OneLine, log_single_lines
 from bundle.files import content_key, whole_file, whole_files, write_csv, write_json
 
 HEAVY = {"torch", "monai", "pydicom", "nibabel", "numpy", "matplotlib"}
@@ -191,11 +191,47 @@ def test_a_file_name_forges_no_line_of_an_error():
     assert str(BundleError(message)) == message
 
 
-def test_a_file_name_forges_no_line_of_a_log():
+def logged(message, *values, times=1, **more):
+    """The lines of a log that has a record, which as many handlers have shown before."""
     stream = io.StringIO()
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
-    handler.addFilter(OneLine())
-    handler.handle(logging.LogRecord("bundle", logging.WARNING, "", 0, "skipped: '%s'\n", (HOSTILE,), None))
-    (line,) = stream.getvalue().splitlines()
+    record = logging.LogRecord("bundle", logging.WARNING, "", 0, message, values, more.get("exc_info"))
+    for _ in range(times):
+        stream.truncate(stream.seek(0))
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        handler.addFilter(OneLine())
+        handler.handle(record)
+    return stream.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_file_name_forges_no_line_of_a_log(times):
+    (line,) = logged("skipped: '%s'\n", HOSTILE, times=times)
     assert line.startswith("WARNING skipped: 'a\\nerror: forged\\r\\x1b[31m\\u2028b")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_file_name_forges_no_line_of_a_trace(times):
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        first, *trace = logged("failed", exc_info=sys.exc_info(), times=times)
+    assert first == "WARNING failed"
+    assert all(line.startswith("| ") and not line.startswith("| | ") and line.isprintable() for line in trace)
+    assert (
+        trace[0] == "| Traceback (most recent call last):" and "| error: forged\\r\\x1b[31m\\u2028b\\udcff.png" in trace
+    )
+
+
+def test_handlers_of_libraries_show_single_lines_as_well(monkeypatch):
+    stream = io.StringIO()
+    library = logging.getLogger("some.library")
+    monkeypatch.setattr(library, "handlers", [logging.StreamHandler(stream)])
+    log_single_lines()
+    library.warning(HOSTILE)
+    assert len(stream.getvalue().splitlines()) == 1
+
+
+def test_values_that_do_not_fit_their_message_end_nothing():
+    (line,) = logged("%d slices", HOSTILE)
+    assert line.startswith("WARNING %d slices ('a\\nerror: forged")

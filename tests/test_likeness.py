@@ -21,14 +21,8 @@ from bundle.dicom.objects import write_objects
 from bundle.dicom.series import read_volume
 from bundle.dicom.words import facts_of, header_words, name_words
 from bundle.errors import BundleError
-from bundle.networks.likeness import (
-    FEWEST_CASES,
-    CaseLikeness,
-    Learned,
-    SliceLikeness,
-    careful_threshold,
-    read_summary,
-)
+from bundle.learned import Learned, read_summary
+from bundle.networks.likeness import FEWEST_CASES, CaseLikeness, SliceLikeness, careful_threshold
 from bundle.results import Unlike
 from bundle.training import Calibration
 from bundle.transforms import ExtractSlicesd, LoadCased, OrientSlicesd, ScaleIntensityByModalityd
@@ -144,6 +138,16 @@ def test_a_header_gives_sequence_agent_and_kernel(tmp_path):
     header.SeriesDescription, header.ContrastBolusAgent = "AX T1 of Anna Mueller", "Gadovist"
     header.ConvolutionKernel = ["Br64f", "3"]
     assert header_words(header) == {"sequence": ["t1"], "contrast": ["agent"], "kernel": ["sharp"]}
+    header.ContrastBolusAgent = ""
+    assert header_words(header)["contrast"] == ["none"]
+
+
+def test_an_agent_is_told_where_no_training_case_had_one():
+    agent, none = {"words": {"contrast": ["agent"]}}, {"words": {"contrast": ["none"]}}
+    [reason] = knowing(contrast=["none"]).reasons(0.0, False, agent)
+    assert reason == ("contrast", "contrast agent, learned from none")
+    assert not knowing(contrast=["agent", "none"]).reasons(0.0, False, agent)
+    assert not knowing(contrast=["none"]).reasons(0.0, False, none)
 
 
 def test_a_picture_of_8_bits_tells_neither_modality_nor_intensities():

@@ -173,6 +173,120 @@ def test_only_the_formats_of_pictures_are_opened(tmp_path):
         load_case(tmp_path / "a.png")
 
 
+def progressive(path, scans):
+    """A JPEG whose last refinement of a coefficient comes again and again."""
+    Image.new("L", (1000, 1000), 9).save(path, progressive=True)
+    content = path.read_bytes()
+    last, end = content.rindex(b"\xff\xda"), len(content) - 2
+    path.write_bytes(content[:end] + content[last:end] * (scans - content.count(b"\xff\xda")) + content[end:])
+    return path
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_in_no_time(tmp_path):
+    file = progressive(tmp_path / "a.jpg", 5000)
+    start = time.process_time()
+    with pytest.raises(BundleError, match=r"a.jpg' has 5000 scans, more than 100: save it anew"):
+        load_case(file)
+    assert time.process_time() - start < 1
+
+
+def test_only_scans_before_the_end_of_a_jpeg_count(tmp_path):
+    file = progressive(tmp_path / "a.jpg", 100)
+    content = file.read_bytes()
+    thumbnail = b"\xff\xe1" + struct.pack(">H", 2002) + b"\xff\xda" * 1000
+    film = b"\xff\xda" * 1000  # behind the picture, as telephones put it
+    file.write_bytes(content[:2] + thumbnail + content[2:] + film)
+    assert load_case(file).shape == (1, 1000, 1000, 1)
+
+
+def tiff(path, side, tile, compression, offsets, sizes, content=b""):
+    """A gray TIFF in tiles."""
+    tags = {256: [side], 257: [side], 258: [8], 259: [compression], 262: [1], 277: [1], 322: [tile], 323: [tile]}
+    tags |= {324: offsets, 325: sizes}
+    start, lists = b"II*\0" + struct.pack("<IH", 8, len(tags)), b""
+    behind = len(start) + 12 * len(tags) + 4
+    for tag, values in tags.items():
+        value = values[0] if len(values) == 1 else behind + len(lists)
+        start += struct.pack("<HHII", tag, 4, len(values), value)
+        lists += struct.pack(f"<{len(values)}I", *values) if len(values) > 1 else b""
+    path.write_bytes(start + bytes(4) + lists + content)
+
+
+def test_a_tiff_of_a_tile_for_each_pixel_is_refused(tmp_path):
+    tiff(tmp_path / "a.tif", 600, 1, 1, [8] * 360_000, [1] * 360_000)
+    with pytest.raises(BundleError, match="a.tif' has 360000 strips or tiles, more than 262140"):
+        load_case(tmp_path / "a.tif")
+
+
+def test_a_small_tiff_with_a_huge_tile_is_refused(tmp_path):
+    content = zlib.compress(bytes(2**20))
+    tiff(tmp_path / "a.tif", 16, 46000, 8, [134], [len(content)], content)
+    with pytest.raises(BundleError, match="a.tif' has 46000x46000 voxels, more than max_voxels"):
+        load_case(tmp_path / "a.tif")
+
+
+def test_a_palette_counts_as_the_colors_that_it_becomes(tmp_path):
+    Image.new("P", (6000, 6000)).save(tmp_path / "a.png")
+    with pytest.raises(BundleError, match=r"a.png' claims 108000000 bytes of pixels, which its \d+ bytes cannot hold"):
+        load_case(tmp_path / "a.png")
+
+
+CUT_WHILE_READ = """
+import os, sys
+import numpy
+from nibabel.openers import Opener
+from PIL import ImageFile
+from bundle.errors import BundleError
+from bundle.transforms.loading import load_case
+
+file = sys.argv[1]
+opened = Opener.__init__
+
+def cut(function):
+    def call(*arguments, **options):
+        result = function(*arguments, **options)
+        os.truncate(file, 1000)
+        return result
+    return call
+
+class Stream:
+    # of nibabel, which reads the header first
+    def __init__(self, stream):
+        self.stream = stream
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+    def readinto(self, target):
+        os.truncate(file, 1000)
+        return self.stream.readinto(target)
+
+def open_to_cut(self, *arguments, **options):
+    opened(self, *arguments, **options)
+    self.fobj = Stream(self.fobj)
+
+numpy.memmap = cut(numpy.memmap)
+Opener.__init__ = open_to_cut
+ImageFile.ImageFile.load_prepare = cut(ImageFile.ImageFile.load_prepare)
+try:
+    load_case(file)
+except BundleError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.nii", "a.bmp", "a.tif"])
+def test_a_file_that_is_cut_while_it_is_read_ends_no_command(tmp_path, name):
+    pixels = np.random.default_rng(0).integers(0, 255, (1000, 1000), np.uint8)
+    if name == "a.nii":
+        nib.save(nib.Nifti1Image(pixels[..., None], np.eye(4)), tmp_path / name)
+    else:
+        Image.fromarray(pixels).save(tmp_path / name)
+    words = [sys.executable, "-c", CUT_WHILE_READ, str(tmp_path / name)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.returncode
+    assert re.fullmatch(rf"cannot read '.*{name}' \(.*\): replace the file, .*\n", done.stdout)
+
+
 @pytest.mark.parametrize(("side", "frames"), [(60000, 1), (512, 16000)])
 def test_a_compressed_dicom_file_that_claims_gigabytes_is_refused(tmp_path, side, frames):
     rle(tmp_path / "a.dcm", side, frames)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -164,3 +165,15 @@ def test_what_a_process_at_work_writes_stays(tmp_path, holder):
     path.write_text("in progress")
     os.utime(path, (0, 0))
     assert remove_leftovers(tmp_path) == 0
+
+
+def test_a_disk_without_room_for_a_lock_is_one_line_and_nothing_is_left(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(BundleError, match=r"\(File too large\): free the disk, then run the same command again"):
+            lock_folder(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    unlock_folders()
+    assert not list(tmp_path.iterdir())

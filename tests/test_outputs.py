@@ -410,7 +410,7 @@ def test_what_the_disk_cannot_hold_leaves_no_half_result(tmp_path, detector, cap
 @pytest.mark.parametrize("output", ["file", "file/deep", "/proc/nowhere"])
 def test_an_output_folder_that_cannot_be_is_one_line_before_any_work(tmp_path, output):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(BundleError, match=r"cannot write '.*' \(.*\): free the disk, mend") as caught:
+    with pytest.raises(BundleError, match=r"cannot write '.*' \(.*\): mend the folder") as caught:
         lock_folder(tmp_path / output)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

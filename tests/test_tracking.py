@@ -8,15 +8,23 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from commands import EVALUATE, ROOT, command, environment
 from ignite.engine import Engine, Events
+from mlflow import MlflowClient
 from mlflow_server import Server
+from PIL import Image
 
+from bundle.checkpoint import save_checkpoint
 from bundle.errors import BundleError
 from bundle.locks import lock_folder, unlock_folders
+from bundle.model import make_detector
 from bundle.processes import process_name
-from bundle.tracking import FOLDER, PROCESS, Tracker, database, epoch_logger
+from bundle.tracking import EXPERIMENT, FOLDER, PROCESS, Tracker, database, epoch_logger
 
+SMALL = {"backbone": "efficientnet_lite0", "image_size": 64, "hidden_channels": 8}
+BUSY = 60.0  # seconds that a server may take for an entry on a busy machine
 OF_MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
 
 
@@ -28,11 +36,16 @@ def _as_a_new_process(monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
 
-@pytest.fixture
-def server():
-    server = Server().start()
+@pytest.fixture(scope="module")
+def only_server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
     yield server
-    server.stop()
+    server.kill()
+
+
+@pytest.fixture
+def server(only_server):
+    return only_server.start()
 
 
 def statuses(folder):
@@ -51,10 +64,6 @@ def trainer(tracker, after_epoch):
 
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: after_epoch(engine.state.epoch))
     return engine
-
-
-def losses(run):
-    return sorted((one["step"], one["value"]) for one in run["data"]["metrics"] if one["key"] == "train_loss")
 
 
 @pytest.mark.slow
@@ -100,24 +109,6 @@ def test_long_parameters_are_cut_and_objects_left_out(tmp_path):
     assert parameters == {"long": "x" * 500, "seed": "0"}
 
 
-def test_a_server_is_told_everything(server, tmp_path, caplog):
-    (tmp_path / "scores.csv").write_text("name\n")
-    tracker = Tracker(server.uri, "training", {"backbone": "x"}, config={"seed": 0, "max_epochs": 9})
-    trainer(tracker, lambda epoch: None).run([0], max_epochs=3)
-    tracker.log({"aupro": 0.5, "none": None}, {"report": [tmp_path / "scores.csv"]})
-    tracker.finish()
-    (run,) = server.runs.values()
-    assert run["info"]["status"] == "FINISHED"
-    assert losses(run) == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    assert {one["key"]: one["value"] for one in run["data"]["params"]} == {
-        "max_epochs": "3",  # of the engine, which came first
-        "epoch_length": "1",
-        "seed": "0",
-    }
-    assert len(run["files"]) == 2
-    assert not caplog.text
-
-
 def test_a_server_that_is_not_there_costs_no_more_than_its_time_and_a_line(tmp_path, caplog):
     tracker = Tracker("http://127.0.0.1:9", "training", {}, config={"seed": 0})
     begin = time.monotonic()
@@ -129,18 +120,6 @@ def test_a_server_that_is_not_there_costs_no_more_than_its_time_and_a_line(tmp_p
     assert "the command goes on, and tries again later" in first
     assert "missing are 2 of parameters, 4 of metrics, 2 of files, 1 of ends of runs" in last
     assert all("\n" not in line for line in (first, last))
-
-
-def test_a_server_that_takes_requests_and_never_answers_costs_its_time_twice(server, caplog):
-    server.hangs.set()
-    tracker = Tracker(server.uri, "inferring", {}, timeout=0.5)
-    begin = time.monotonic()
-    tracker.start()
-    for _ in range(20):
-        tracker.log({"inputs": 1}, {})
-    tracker.finish()
-    assert 1 <= time.monotonic() - begin < 4
-    assert "no answer in 0.5 s, which tracking_timeout sets" in caplog.text
 
 
 def test_an_address_that_swallows_everything_costs_its_time_twice(caplog):
@@ -159,93 +138,6 @@ def test_an_address_that_swallows_everything_costs_its_time_twice(caplog):
         for one in waiting:
             one.close()
     assert "no answer in 0.5 s" in caplog.text
-
-
-def test_a_server_that_dies_and_comes_back_has_everything_in_the_end(server, caplog):
-    tracker = Tracker(server.uri, "training", {})
-
-    def after_epoch(epoch):
-        if epoch == 1:
-            server.stop()
-        elif epoch == 2:
-            server.start()
-
-    trainer(tracker, after_epoch).run([0], max_epochs=3)
-    tracker.finish()
-    (run,) = server.runs.values()
-    assert run["info"]["status"] == "FINISHED"
-    assert losses(run) == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    assert "tries again later" in caplog.text
-    assert "missing" not in caplog.text
-
-
-def test_a_server_that_dies_for_good_has_what_came_before(server, caplog):
-    tracker = Tracker(server.uri, "training", {})
-    trainer(tracker, lambda epoch: server.stop() if epoch == 2 else None).run([0], max_epochs=3)
-    tracker.finish()
-    server.start()
-    (run,) = server.runs.values()
-    assert losses(run) == [(1, 1.0), (2, 2.0)]
-    assert "missing are 1 of metrics, 1 of files, 1 of ends of runs" in caplog.text
-
-
-def test_a_server_that_makes_the_run_and_loses_the_answer_has_one_run(server):
-    make = server.runs_create
-
-    def make_and_fail(body, query):
-        make(body, query)
-        server.runs_create = make
-        raise ValueError("INTERNAL_ERROR")
-
-    server.runs_create = make_and_fail
-    tracker = Tracker(server.uri, "training", {})
-    tracker.start()
-    tracker.finish()
-    assert [run["info"]["status"] for run in server.runs.values()] == ["FINISHED"]
-
-
-def test_what_a_server_refuses_keeps_nothing_else_from_it(server, caplog):
-    server.refuses = {"runs/log-batch"}
-    tracker = Tracker(server.uri, "training", {}, config={"seed": 0})
-    tracker.log({"aupro": 0.5}, {})
-    tracker.finish()
-    (run,) = server.runs.values()
-    assert run["info"]["status"] == "FINISHED"
-    assert "(RestException: INVALID_PARAMETER_VALUE: not so): missing are 1 of metrics, 1 of parameters" in caplog.text
-
-
-def test_where_files_cannot_be_kept_numbers_and_the_end_are(server, tmp_path, caplog):
-    server.loses_files = True
-    (tmp_path / "scores.csv").write_text("name\n")
-    tracker = Tracker(server.uri, "training", {})
-    tracker.log({}, {"report": [tmp_path / "scores.csv"]})
-    tracker.metrics({"train_loss": 1.0}, 1)
-    tracker.finish()
-    (run,) = server.runs.values()
-    assert run["info"]["status"] == "FINISHED"
-    assert losses(run) == [(1, 1.0)]
-    assert "missing are 2 of files; results" in caplog.text
-
-
-def test_a_file_that_has_gone_keeps_nothing_else_from_the_server(server, tmp_path, caplog):
-    tracker = Tracker(server.uri, "training", {})
-    tracker.log({"aupro": 0.5}, {"report": [tmp_path / "gone.csv"]})
-    tracker.finish()
-    assert next(iter(server.runs.values()))["info"]["status"] == "FINISHED"
-    assert "missing are 1 of files" in caplog.text
-
-
-def test_runs_of_killed_commands_are_marked_and_no_others(server, tmp_path):
-    killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    name = process_name(killed.pid)
-    killed.kill()
-    killed.wait()
-    for process in (name, process_name(os.getppid()), f"00000000-{name[9:]}"):
-        tags = [{"key": PROCESS, "value": process}, {"key": FOLDER, "value": str(tmp_path)}]
-        server.runs_create({"run_name": process, "start_time": 0, "tags": tags}, {})
-    tracker = Tracker(server.uri, "training", {}, output_dir=tmp_path)
-    tracker.start()
-    assert [run["info"]["status"] for run in server.runs.values()] == ["KILLED", "RUNNING", "RUNNING", "RUNNING"]
 
 
 @pytest.mark.slow
@@ -274,3 +166,163 @@ def test_a_database_that_cannot_be_made_ends_no_command(tmp_path, caplog):
     tracker.finish()
     assert "missing are 1 of files, 1 of ends of runs" in caplog.text
     assert Path(tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.slow
+def test_a_server_is_told_everything(server, tmp_path, caplog):
+    (tmp_path / "scores.csv").write_text("name\n")
+    tracker = Tracker(server.uri, "training", {"backbone": "x"}, config={"seed": 0, "max_epochs": 9}, timeout=BUSY)
+    trainer(tracker, lambda epoch: None).run([0], max_epochs=3)
+    tracker.log({"aupro": 0.5, "none": None}, {"report": [tmp_path / "scores.csv"]})
+    tracker.finish()
+    [run] = server.runs(tracker.run_name)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["backbone"] == "x"
+    assert run.data.metrics == {"train_loss": 3.0, "aupro": 0.5}
+    assert server.losses(run) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    # those of the engine came first
+    assert run.data.params == {"max_epochs": "3", "epoch_length": "1", "seed": "0"}
+    assert server.artifacts(run) == ["configs/resolved_config.json", "report/scores.csv"]
+    kept = server.client.download_artifacts(run.info.run_id, "report/scores.csv", str(tmp_path))
+    assert Path(kept).read_text() == "name\n"
+    assert not caplog.text
+
+
+@pytest.mark.slow
+def test_a_server_that_makes_the_run_and_loses_the_answer_has_one_run(server, monkeypatch):
+    make = MlflowClient.create_run
+
+    def make_and_fail(*arguments):
+        make(*arguments)
+        monkeypatch.setattr(MlflowClient, "create_run", make)
+        raise ConnectionError
+
+    monkeypatch.setattr(MlflowClient, "create_run", make_and_fail)
+    tracker = Tracker(server.uri, "training", {}, timeout=BUSY)
+    tracker.start()
+    tracker.finish()
+    assert [run.info.status for run in server.runs(tracker.run_name)] == ["FINISHED"]
+
+
+@pytest.mark.slow
+def test_what_a_server_refuses_keeps_nothing_else_from_it(server, caplog):
+    too_long = "x" * 300
+    tracker = Tracker(server.uri, "training", {}, config={too_long: 0}, timeout=BUSY)
+    tracker.log({too_long: 0.5}, {})
+    tracker.log({"aupro": 0.5}, {})
+    tracker.finish()
+    [run] = server.runs(tracker.run_name)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"aupro": 0.5}
+    assert "missing are 1 of metrics, 1 of parameters; results" in caplog.text
+
+
+@pytest.mark.slow
+def test_where_files_cannot_be_kept_numbers_and_the_end_are(server, tmp_path, caplog):
+    (tmp_path / "scores.csv").write_text("name\n")
+    tracker = Tracker(server.uri, "training", {}, timeout=BUSY)
+    with server.without_disk():
+        tracker.log({}, {"report": [tmp_path / "scores.csv"]})
+        tracker.metrics({"train_loss": 1.0}, 1)
+        tracker.finish()
+    [run] = server.runs(tracker.run_name)
+    assert run.info.status == "FINISHED"
+    assert server.losses(run) == [(1, 1.0)]
+    assert "missing are 2 of files; results" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_file_that_has_gone_keeps_nothing_else_from_the_server(server, tmp_path, caplog):
+    tracker = Tracker(server.uri, "training", {}, timeout=BUSY)
+    tracker.log({"aupro": 0.5}, {"report": [tmp_path / "gone.csv"]})
+    tracker.finish()
+    assert [run.info.status for run in server.runs(tracker.run_name)] == ["FINISHED"]
+    assert "missing are 1 of files; results" in caplog.text
+
+
+@pytest.mark.slow
+def test_runs_of_killed_commands_are_marked_and_no_others(server, tmp_path):
+    opened = Tracker(server.uri, "training", {}, timeout=BUSY)
+    opened.start()
+    experiment = server.client.get_experiment_by_name(EXPERIMENT).experiment_id
+    killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    name = process_name(killed.pid)
+    killed.kill()
+    killed.wait()
+    others = (name, process_name(os.getppid()), f"00000000-{name[9:]}")
+    for process in others:
+        tags = {PROCESS: process, FOLDER: str(tmp_path)}
+        server.client.create_run(experiment, tags=tags, run_name=process)
+    Tracker(server.uri, "training", {}, output_dir=tmp_path, timeout=BUSY).start()
+    found = [server.runs(run)[0].info.status for run in (*others, opened.run_name)]
+    assert found == ["KILLED", "RUNNING", "RUNNING", "RUNNING"]
+
+
+@pytest.mark.slow
+def test_a_server_that_takes_requests_and_never_answers_costs_its_time_twice(server, caplog):
+    tracker = Tracker(server.uri, "inferring", {}, timeout=0.5)
+    begin = time.monotonic()
+    with server.silent():
+        tracker.start()
+        for _ in range(20):
+            tracker.log({"inputs": 1}, {})
+        tracker.finish()
+    assert 1 <= time.monotonic() - begin < 4
+    assert "no answer in 0.5 s, which tracking_timeout sets" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_and_comes_back_has_everything_in_the_end(server, tmp_path, caplog):
+    (tmp_path / "scores.csv").write_text("name\n")
+    tracker = Tracker(server.uri, "training", {}, config={"seed": 0}, timeout=BUSY)
+
+    def after_epoch(epoch):
+        if epoch == 1:
+            server.kill()
+        elif epoch == 2:
+            tracker.log({"aupro": 0.5}, {"report": [tmp_path / "scores.csv"]})
+            server.start()
+
+    trainer(tracker, after_epoch).run([0], max_epochs=3)
+    tracker.finish()
+    [run] = server.runs(tracker.run_name)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"train_loss": 3.0, "aupro": 0.5}
+    assert server.losses(run) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert run.data.params["seed"] == "0"
+    assert server.artifacts(run) == ["configs/resolved_config.json", "report/scores.csv"]
+    assert "tries again later" in caplog.text
+    assert "missing" not in caplog.text
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_for_good_during_a_command_keeps_no_result_from_it(server, tmp_path):
+    random = np.random.default_rng(0)
+    for place in ("test/good/img", "test/Ungood/img", "test/Ungood/label"):
+        (tmp_path / place).mkdir(parents=True)
+        for index in range(4):
+            Image.fromarray(random.integers(1, 255, (64, 64), np.uint8)).save(tmp_path / place / f"{index}.png")
+    detector = make_detector(SMALL)
+    for name in ("threshold", "image_threshold", "false_positive_rate", "image_false_positive_rate"):
+        getattr(detector, name).fill_(0.05)
+    save_checkpoint(detector, tmp_path / "model.pt")
+    options = {"dataset_dir": tmp_path, "checkpoint": tmp_path / "model.pt", "output_dir": tmp_path / "out"}
+    evaluating = subprocess.Popen(
+        command("evaluating", EVALUATE, device="cpu", tracking_uri=server.uri, tracking_timeout=BUSY, **options),
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    opened = "select count(*) from runs where name like 'evaluating %' and status = 'RUNNING'"
+    while evaluating.poll() is None and not server.ask(opened):
+        time.sleep(0.05)
+    server.kill()
+    errors = evaluating.communicate()[1]
+    assert evaluating.returncode == 0, errors
+    [line] = [line for line in errors.splitlines() if "does not have all of this command" in line]
+    assert "of metrics" in line and "1 of ends of runs; results are not concerned" in line
+    assert {"metrics.json", "metrics.csv", "test_scores.csv", "test_examples.png"} <= {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
+    assert server.ask(opened) == 1

@@ -11,7 +11,7 @@ from commands import INFER, QUICK, TRAIN, error_line, run, succeed
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from pydicom import dcmread
 
-from bundle.figures import heat
+from bundle.results import heat
 from scripts.samples.dicom import make_sample_dicom
 
 STORED_AS = {
@@ -149,13 +149,14 @@ def test_a_dicom_series_has_the_map_of_its_nifti_volume(objects, cohort, inferre
 
 def test_dicom_objects_hold_the_voxels_of_the_nifti_files(objects):
     folder, _ = objects
+    threshold = float(next(csv.DictReader((folder / "out/scores.csv").open()))["threshold"])
     for study in (folder / "in").iterdir():
         mask = hd.seg.segread(folder / "out" / f"{study.name}_seg.dcm").get_volume(combine_segments=True)
         expected = np.asarray(nib.load(folder / "out" / f"{study.name}_mask.nii.gz").dataobj)
         np.testing.assert_array_equal(mask.flip_spatial(0).array.T, expected)
         values = hd.imread(folder / "out" / f"{study.name}_heatmap.dcm").get_volume().flip_spatial(0).array.T
         expected = nib.load(folder / "out" / f"{study.name}_map.nii.gz").get_fdata()
-        np.testing.assert_allclose(values, expected, atol=np.ptp(expected) / 65535)
+        np.testing.assert_allclose(values, heat(expected, threshold), atol=1e-5)
         overlay = sorted((folder / "out" / f"{study.name}_overlay").iterdir())
         assert len(overlay) == expected.shape[2]
         report = hd.sr.srread(folder / "out" / f"{study.name}_report.dcm")

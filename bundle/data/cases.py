@@ -41,6 +41,7 @@ from bundle.files import (
     parts_of,
     state_of,
 )
+from bundle.manifest import Manifest
 from bundle.transforms.loading import is_dicom_file
 
 Case: TypeAlias = dict[str, Any]
@@ -152,6 +153,7 @@ def find_splits(
     patient_pattern: str | None = None,
     healthy_images: int | None = None,
     follow_links: bool = False,
+    results: Manifest | None = None,
 ) -> dict[str, list[Case]]:
     """The cases of each split of a data set; nothing is read but names.
 
@@ -170,6 +172,7 @@ def find_splits(
         healthy_images: how many of the training images are used, drawn by ``seed``; None: all.
         follow_links: read what links lead to that lead out of the folder. The folder itself may be a link, and a
             datalist may name any file.
+        results: of earlier runs in the output folder, which are not looked for in a folder; None: nothing is written.
 
     Returns:
         ``training``, ``validation``, ``test``: lists of cases; the first two hold healthy cases only, since nothing may
@@ -179,7 +182,7 @@ def find_splits(
         BundleError: if the folder is missing or empty, a mask is missing, healthy images of fewer than two patients are
             found, a patient is in more than one split, anomalous or test images lie where only healthy ones are looked
             for, ``patient_pattern`` is no regular expression or matches nothing, test images alone are needed and there
-            is none, or a link leads out of the folder.
+            is none, a link leads out of the folder, or a needed image or its mask lies in the output folder.
     """
     path = Path(os.path.abspath(dataset_dir))  # '.' has a name, too
     if not path.exists():
@@ -191,10 +194,11 @@ def find_splits(
     if path.is_file():
         splits = _from_datalist(path)
     elif any(_subfolder(path, _SPLIT_FOLDERS[split]) for split in ("training", "test")):
-        splits = _from_bmad(path)
+        splits = _from_bmad(path, results)
     else:
         _check_healthy(path)
-        splits = {"training": _unlabeled(path), "validation": [], "test": []}
+        splits = {"training": _unlabeled(path, results), "validation": [], "test": []}
+    _refuse_in_output((case for split in needed for case in splits[split]), results)
     if "training" in needed:
         if patient_pattern is not None:
             _find_patients([case for split in SPLITS for case in splits[split]], patient_pattern)
@@ -425,24 +429,33 @@ def place_of(case: Case) -> str:
 
 
 def find_images(
-    dataset_dir: str | os.PathLike, passed_over: Container[str] = (), follow_links: bool = False
+    dataset_dir: str | os.PathLike, follow_links: bool = False, results: Manifest | None = None
 ) -> list[Case]:
     """Every image below a folder, or the one file, as unlabeled cases; folders of masks are passed over.
 
     Args:
         dataset_dir: the folder or file.
-        passed_over: files that are not looked for in a folder, by their real paths.
         follow_links: read what links lead to that lead out of the folder. The folder itself may be a link.
+        results: of earlier runs in the output folder, which are not looked for in a folder; None: nothing is written.
 
     Raises:
-        BundleError: if there is no image, or a link leads out of the folder.
+        BundleError: if there is no image, a link leads out of the folder, or an image lies in the output folder.
     """
     path = Path(os.path.abspath(dataset_dir))  # '.' has a name, too
     if not path.exists():
         raise BundleError(f"no file or folder at '{path}': give --dataset_dir an image, a volume or a folder of them")
     if not follow_links:
         _refuse_links(path)
-    return _unlabeled(path, passed_over)
+    cases = _unlabeled(path, results)
+    _refuse_in_output(cases, results)
+    return cases
+
+
+def _refuse_in_output(cases: Iterable[Case], results: Manifest | None) -> None:
+    """Refuse images and masks that lie in the folder of the results."""
+    if results is not None:
+        keys = ("image", "mask")
+        results.refuse_inputs(file for case in cases for key in keys if key in case for file in files_of(case[key]))
 
 
 def _refuse_links(root: Path) -> None:
@@ -528,8 +541,8 @@ class _Image(NamedTuple):
     path: Path
 
 
-def _unlabeled(path: Path, passed_over: Container[str] = ()) -> list[Case]:
-    images = [_Image(str(path), path)] if path.is_file() else list(_images_below(path, passed_over))
+def _unlabeled(path: Path, results: Manifest | None = None) -> list[Case]:
+    images = [_Image(str(path), path)] if path.is_file() else list(_images_below(path, results))
     if not images:
         raise BundleError(f"no image in '{path}': put {', '.join(SUFFIXES)} files there, or give another folder")
     return _named(
@@ -539,16 +552,16 @@ def _unlabeled(path: Path, passed_over: Container[str] = ()) -> list[Case]:
     )
 
 
-def _from_bmad(root: Path) -> dict[str, list[Case]]:
+def _from_bmad(root: Path, results: Manifest | None) -> dict[str, list[Case]]:
     splits = {}
     for split in SPLITS:
         folder = _subfolder(root, _SPLIT_FOLDERS[split])
-        pairs = [] if folder is None else [pair for label in (0, 1) for pair in _bmad_class(folder, label)]
+        pairs = [] if folder is None else [pair for label in (0, 1) for pair in _bmad_class(folder, label, results)]
         splits[split] = _named([case for case, _ in pairs], [path for _, path in pairs], root)
     return splits
 
 
-def _bmad_class(split: Path, label: int) -> Iterator[tuple[Case, Path]]:
+def _bmad_class(split: Path, label: int, results: Manifest | None) -> Iterator[tuple[Case, Path]]:
     """The cases of one class in ``split``, from ``good/img``, ``good`` itself, or ``img/good``."""
     by_kind = _subfolder(split, _IMAGE_FOLDERS)  # img/good and label/good
     if by_kind:
@@ -563,8 +576,8 @@ def _bmad_class(split: Path, label: int) -> Iterator[tuple[Case, Path]]:
         has_masks = masks is not None
     if images is None:
         return
-    by_stem = {_stem(mask.path): mask.source for mask in _images_below(masks)} if masks else {}
-    for image in _images_below(images):
+    by_stem = {_stem(mask.path): mask.source for mask in _images_below(masks, results)} if masks else {}
+    for image in _images_below(images, results):
         case: Case = {"image": image.source, "label": label}
         mask = by_stem.get(_stem(image.path))
         if mask is not None:
@@ -610,8 +623,11 @@ def _datalist_case(item: Any, split: str, datalist: Path) -> Case:
     return case
 
 
-def _images_below(folder: Path, passed_over: Container[str] = ()) -> Iterator[_Image]:
-    """Images below ``folder`` in order of name; a DICOM series is one image, in whatever folders its files lie."""
+def _images_below(folder: Path, results: Manifest | None = None) -> Iterator[_Image]:
+    """Images below ``folder`` in order of name, but for ``results`` of earlier runs.
+
+    A DICOM series is one image, in whatever folders its files lie.
+    """
     others, dicom = [], []
     for directory, subfolders, names in _walk(folder):
         subfolders[:] = sorted(
@@ -619,7 +635,9 @@ def _images_below(folder: Path, passed_over: Container[str] = ()) -> Iterator[_I
         )
         real = os.path.realpath(directory)
         own, emptied = [], []
-        for file in (Path(directory) / name for name in sorted(names) if os.path.join(real, name) not in passed_over):
+        for file in (Path(directory) / name for name in sorted(names)):
+            if results is not None and os.path.join(real, file.name) in results:
+                continue
             if is_dicom_file(file):
                 own.append(file)
             elif file.name.lower().endswith(SUFFIXES):

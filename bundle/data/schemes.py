@@ -12,6 +12,7 @@ from typing import Any
 
 from bundle.data.cases import SPLITS, Case, find_splits
 from bundle.distributed import gather, shard
+from bundle.manifest import Manifest
 from bundle.model import Settings
 from bundle.transforms.intensity import scheme_of
 from bundle.transforms.loading import modality_of
@@ -24,6 +25,7 @@ class SplitFinder:
 
     Args:
         dataset_dir, seed, needed, patient_pattern, healthy_images, follow_links: see :func:`~bundle.data.find_splits`.
+        output_dir: the folder of the results, in which no image may lie; None: nothing is written.
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class SplitFinder:
         patient_pattern: str | None = None,
         healthy_images: int | None = None,
         follow_links: bool = False,
+        output_dir: str | os.PathLike | None = None,
     ) -> None:
         self.dataset_dir = dataset_dir
+        self.output_dir = output_dir
         self.arguments = (seed, needed, patient_pattern, healthy_images, follow_links)
 
     @property
@@ -46,7 +50,8 @@ class SplitFinder:
     @cached_property
     def splits(self) -> dict[str, list[Case]]:
         """The cases of each split; raises what :func:`~bundle.data.find_splits` does."""
-        return find_splits(self.dataset_dir, *self.arguments)
+        results = None if self.output_dir is None else Manifest(self.output_dir)
+        return find_splits(self.dataset_dir, *self.arguments, results)
 
 
 def settings_for(values: Mapping[str, Any], finder: SplitFinder) -> Settings:

@@ -15,12 +15,12 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from bundle import __version__
 from bundle.errors import BundleError, check_choice
-from bundle.files import partial_prefix, whole_file, write_json
+from bundle.files import partial_prefix, whole_file, write_json, writing
 
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SHARD_BYTES = 2**24  # what waits in memory and what an interruption loses at most; a file that opens fast
@@ -178,13 +178,8 @@ class EmbeddingStore:
         self._make_folder()
         self._make_room(sum(value.nbytes for value in self._waiting.values()))
         shard = self.folder / f"{_digest(''.join(sorted(self._waiting)).encode())[:32]}.safetensors"
-        try:
-            with whole_file(shard) as partial:
-                save_file(self._waiting, partial)
-        except (OSError, SafetensorError) as error:
-            raise BundleError(
-                f"cannot write to the feature cache '{self._directory}' ({error}): free the disk, or move --cache_dir"
-            ) from error
+        with whole_file(shard) as partial:
+            partial.write_bytes(save(self._waiting))  # safetensors hides why it cannot write to a disk
         self._used.add(shard)
         self._waiting = {}
         self._index(shard)
@@ -211,9 +206,10 @@ class EmbeddingStore:
             return
         self._opened = True
         if not self.kept:
-            self._directory.mkdir(parents=True, exist_ok=True)
             if idist.get_rank() == 0:
-                self._temporary = tempfile.TemporaryDirectory(dir=self._directory, prefix=partial_prefix())
+                with writing(self._directory):
+                    self._directory.mkdir(parents=True, exist_ok=True)
+                    self._temporary = tempfile.TemporaryDirectory(dir=self._directory, prefix=partial_prefix())
             name = self._temporary.name if self._temporary else ""
             self._directory = Path(str(idist.broadcast(name, src=0)) if idist.get_world_size() > 1 else name)
         self.refresh()

@@ -37,17 +37,15 @@ UNLIKE_REASON = Code("unlike-reason", SCHEME, "Reason for being unlike the train
 REASONS = {
     "modality": Code("other-modality", SCHEME, "Another modality than in training"),
     "sequence": Code("other-sequence", SCHEME, "Another sequence than in training"),
-    "contrast": Code("other-contrast", SCHEME, "Contrast agent, none in training"),
+    "contrast": Code("other-contrast", SCHEME, "Another contrast than in training"),
     "kernel": Code("other-kernel", SCHEME, "Another kernel than in training"),
     "scheme": Code("other-intensities", SCHEME, "Intensities read in another way than in training"),
     "appearance": Code("other-appearance", SCHEME, "Looks unlike healthy training images"),
 }
 HEAT = Code("anomaly-heat", SCHEME, "Anomaly from 0 to 1, 0.5 at the threshold")
 # by defined terms of BodyPartExamined
-REGIONS = {
-    name.upper(): getattr(codes.SCT, name)
-    for name in ("Abdomen", "Brain", "Breast", "Chest", "Hand", "Head", "Heart", "Knee", "Liver", "Neck", "Pelvis", "Spine")
-}
+_NAMED = ("Abdomen", "Brain", "Breast", "Chest", "Hand", "Head", "Heart", "Knee", "Liver", "Neck", "Pelvis", "Spine")
+REGIONS = {name.upper(): getattr(codes.SCT, name) for name in _NAMED}
 DEVIATIONS = Code("{SD}", "UCUM", "standard deviations above healthy images")
 _LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 _LARGEST_NUMBER = 2**31 - 1  # of a series
@@ -150,8 +148,8 @@ def parametric_map(
     """The anomaly map as a DICOM Parametric Map, as viewers take it.
 
     Values are :func:`~bundle.results.heat`, from 0 to 1: OHIF multiplies maps by 100 and shows 0 to 100, whatever the
-    object says. They are floats, since OHIF and dcmqi misread integers. Frames ascend along the normal, as both take for
-    granted.
+    object says. They are floats, since OHIF and dcmqi misread integers. Frames ascend along the normal: both rely on
+    that.
 
     Args:
         sources: of ``anomaly_map``.
@@ -212,7 +210,7 @@ def overlay_series(sources: Sequence[Dataset], pictures: np.ndarray, algorithm: 
             patient_orientation=_row_and_column_direction(geometry),
             pixel_spacing=geometry.pixel_spacing,  # type: ignore[arg-type]  # its hint says int
             transfer_syntax_uid=RLELossless,
-            **common | {"sop_instance_uid": hd.UID(), "instance_number": frame or source.get("InstanceNumber") or index + 1},
+            **common | {"sop_instance_uid": hd.UID(), "instance_number": _number_of(source, frame) or index + 1},
         )
         _sign(image, algorithm)
         image.copy_patient_and_study_information(source)
@@ -241,6 +239,8 @@ def report(
     algorithm: Algorithm,
 ) -> sr.ComprehensiveSR:
     """A structured report (TID 1500) of the score, the worst slices, and whether the case is like the training data.
+
+    Comments say what a score means. Numbers have two decimals, which is more than they are sure of.
 
     Args:
         sources: of the slices.
@@ -287,6 +287,9 @@ def report(
         imaging_measurements=[study, *slices],
         title=codes.DCM.ImagingMeasurementReport,
     )
+    content[0].ContentSequence += [
+        sr.TextContentItem(codes.DCM.Comment, text, sr.RelationshipTypeValues.CONTAINS) for text in _comments(result)
+    ]
     written = sr.ComprehensiveSR(
         evidence=[*sources, *([] if mask is None else [mask])],
         content=content[0],
@@ -296,6 +299,19 @@ def report(
     )
     _sign(written, algorithm)
     return written
+
+
+def _comments(result: CaseResult) -> list[str]:
+    """What a score means and what to doubt, for who reads the report."""
+    found = [
+        "Scores are standard deviations above the mean of healthy images. What exceeds the threshold is rare among "
+        "healthy images like those that the model was trained on.",
+        "For research only, no diagnosis. An anomaly can be an artifact or a normal variant, and a lesion can be "
+        "missed.",
+    ]
+    if result.unlike:
+        found.append(f"To doubt: {result.doubt('the series')}.")
+    return found
 
 
 def _evaluations(result: CaseResult) -> list[sr.QualitativeEvaluation]:
@@ -444,9 +460,14 @@ def _row_and_column_direction(geometry: hd.VolumeGeometry) -> tuple[str, str]:
     return directions[2].value, directions[1].value
 
 
+def _number_of(source: Dataset, frame: int | None) -> int | None:
+    """The number by which viewers call a slice, if it has one."""
+    return source.get("InstanceNumber") if frame is None else frame
+
+
 def _shown_as(source: Dataset, frame: int | None) -> str:
     """What viewers call a slice."""
-    return f"instance {source.get('InstanceNumber', '?')}" if frame is None else f"frame {frame}"
+    return f"{'instance' if frame is None else 'frame'} {_number_of(source, frame) or '?'}"
 
 
 def _reference(source: Dataset, frame: int | None) -> Dataset:

@@ -48,11 +48,11 @@ def words_in(texts: Iterable[str], kind: str) -> list[str]:
 
 
 def header_words(header: Dataset) -> Facts:
-    """What a DICOM ``header`` tells."""
+    """What a DICOM ``header`` tells; of a contrast agent, that it names none, too."""
     texts = {kind: [str(header.get(keyword) or "") for keyword in keywords] for kind, keywords in _TEXTS.items()}
     found = {kind: words_in(values, kind) for kind, values in texts.items()}
     agent = bool(str(header.get("ContrastBolusAgent") or "").strip()) or words_in(texts["sequence"], "contrast")
-    return found | {"contrast": ["agent"] if agent else []}
+    return found | {"contrast": ["agent" if agent else "none"]}
 
 
 def facts_of(meta: Mapping[str, Any]) -> Facts:

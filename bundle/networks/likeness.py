@@ -9,18 +9,17 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import ks_2samp, kstwo, t
 from torch import Tensor, nn
 
-from bundle.dicom.words import facts_of
-from bundle.errors import BundleError
+from bundle.learned import Learned, read_summary
 from bundle.networks.gaussian import moments
 from bundle.networks.scores import check_rate, conformal_threshold, largest_of_each, rate_interval
-from bundle.results import Unlike, looks_unlike
+from bundle.results import Unlike
 
 DIRECTIONS = 32  # principal ones, each with a variance of its own; the others share one
 OF_BRIGHTNESS = 3  # statistics beside the mean embedding
@@ -28,15 +27,6 @@ SMALLEST_DEVIATION = 1e-2  # of a statistic over images: standardized embeddings
 KEPT = 256  # quantiles of healthy validation cases, to tell a drift
 FEWEST_CASES = 20  # in which a drift is looked for
 DRIFT_LEVEL = 0.01  # of the test of a drift
-LARGEST_SUMMARY = 2**16  # bytes
-# what headers and names tell of a case, and how it is called
-LABELS = {
-    "modality": "modality",
-    "sequence": "sequence",
-    "contrast": "contrast",
-    "kernel": "kernel",
-    "scheme": "intensities read as",
-}
 
 logger = logging.getLogger(__name__)
 
@@ -142,20 +132,6 @@ class SliceLikeness(nn.Module):
         return self.combined(distances.to(device), medians.to(device)).cpu()
 
 
-class Learned(NamedTuple):
-    """What a model was learned from, in words of a fixed vocabulary and numbers: nothing of a patient.
-
-    Attributes:
-        cases: how many of the healthy training cases have each word, by the kinds in :data:`LABELS`.
-        patients: of healthy validation, on whose number the promises of thresholds rest.
-        of_volumes: whether the validation cases are volumes.
-    """
-
-    cases: dict[str, dict[str, int]]
-    patients: int
-    of_volumes: bool
-
-
 class CaseLikeness(nn.Module):
     """Compares a case with what was learned from, and a run with healthy validation cases. Both are told in words.
 
@@ -198,23 +174,8 @@ class CaseLikeness(nn.Module):
             is_volume: whether it has several slices.
             meta: of its image, see :func:`~bundle.dicom.words.facts_of`.
         """
-        told = [
-            Unlike(kind, f"{label} {', '.join(other)}, learned from {', '.join(sorted(seen))}")
-            for kind, label, other, seen in self._foreign(facts_of(meta))
-        ]
         threshold = float(self.volume_threshold if is_volume else self.picture_threshold)
-        return (*told, *looks_unlike(unlikeness, threshold))
-
-    def _foreign(self, facts: Mapping[str, Sequence[str]]) -> list[tuple[str, str, list[str], set[str]]]:
-        """Words of ``facts`` that no training case had, where training cases tell of such words at all."""
-        found = []
-        cases = self.learned.cases
-        for kind, label in LABELS.items():
-            seen = set(cases.get(kind, {}))
-            other = [word for word in facts.get(kind, ()) if word not in seen]
-            if seen and other:
-                found.append((kind, label, other, seen))
-        return found
+        return self.learned.reasons(unlikeness, threshold, meta)
 
     def drift(self, scores: Sequence[float], unlikeness: Sequence[float]) -> str:
         """Whether cases differ from healthy validation cases as a whole, in words; nothing where they do not.
@@ -304,30 +265,6 @@ class CaseLikeness(nn.Module):
             read_summary(stored)
             self.summary = torch.zeros_like(stored)  # its length is that of what is stored
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def read_summary(stored: Tensor) -> Learned:
-    """The summary in a checkpoint or an exported file, checked as data.
-
-    Raises:
-        BundleError: if it is none.
-    """
-    if stored.numel() == 0:
-        return Learned({}, 0, False)
-    try:
-        if stored.dtype != torch.uint8 or stored.numel() > LARGEST_SUMMARY:
-            raise ValueError("not bytes, or too many")
-        found = Learned(**json.loads(bytes(stored.tolist())))
-        counts = [(name, count) for kind in LABELS for name, count in found.cases.get(kind, {}).items()]
-        plain = all(name.isascii() and name.replace("_", "").isalnum() and len(name) <= 32 for name, _ in counts)
-        whole = all(type(count) is int and count > 0 for _, count in counts) and type(found.patients) is int
-        if not (plain and whole and found.cases.keys() <= LABELS.keys() and type(found.of_volumes) is bool):
-            raise ValueError("an unknown entry")
-        return found
-    except (ValueError, TypeError, AttributeError) as error:
-        raise BundleError(
-            f"the summary of the training data is damaged ({error}): take the model.pt of a training"
-        ) from error
 
 
 def enough_for(patients: int, rate: float) -> bool:

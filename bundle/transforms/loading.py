@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,19 +18,33 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.image_reader import PILReader
 from monai.transforms import MapTransform
-from PIL import Image, ImageMode
+from PIL import Image, ImageFile, ImageMode
+from PIL.JpegImagePlugin import JpegImageFile
 from pydicom.misc import is_dicom
 
 from bundle.dicom.series import SeriesFiles, group_series, modality_in, read_volume, volume_geometry
 from bundle.dicom.words import header_words, name_words
 from bundle.errors import BundleError
 from bundle.files import DICOM_SUFFIXES, FLAT_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, Source, files_of
-from bundle.limits import GRANTED, MAX_VOXELS, check_claim, check_limit, check_regular, check_size
+from bundle.limits import (
+    GRANTED,
+    MAX_PARTS,
+    MAX_SCANS,
+    MAX_VOXELS,
+    check_claim,
+    check_count,
+    check_limit,
+    check_regular,
+    check_size,
+)
 from bundle.transforms.axes import turn_between, turned
 
 MIN_SIDE = 16  # pixels; less than one patch of any backbone holds nothing to map
 THICKER = 1.1  # times the other two sides of a voxel: only then they tell along which axis slices were acquired
 PICTURES = ("PNG", "JPEG", "BMP", "TIFF")  # of Pillow's formats; others run programs, such as Ghostscript
+_SIDES_OF_TILES = (322, 323)  # tags of TIFF
+_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # of JPEG, with a length after it; others have none
+_SCAN, _END = b"\xda", b"\xd9"
 
 Image.MAX_IMAGE_PIXELS = None  # its limit is another than ours, and only warns up to twice its size
 
@@ -217,7 +232,8 @@ def _read(place: str, reader: Callable[..., _Pixels], *arguments: Any) -> _Pixel
 
 def _read_nifti(path: str, channel: int | None, max_voxels: int) -> _Pixels:
     _check_nifti(path, max_voxels)
-    image: Any = nib.load(path)  # MONAI's reader changes affines that disagree with the size of voxels
+    # MONAI's reader changes affines that disagree with the size of voxels; a map of a file that is cut ends the process
+    image: Any = nib.load(path, mmap=False)
     volumes = image.shape[3] if len(image.shape) == 4 else 1
     if len(image.shape) == 4 and volumes > 1:
         if channel is None:
@@ -266,12 +282,14 @@ def _check_nifti(path: str, max_voxels: int) -> None:
 
 def _read_picture(path: str, max_voxels: int) -> _Pixels:
     reader = PILReader(converter=partial(_to_gray_or_rgb, path=path, max_voxels=max_voxels), formats=PICTURES)
-    values, header = reader.get_data(reader.read(path))
-    values = np.asarray(values, dtype=np.float32)
+    with open(path, "rb") as stream:  # a file that Pillow has by name it may map, as nibabel does
+        streams: Any = [stream]  # MONAI's types know names alone
+        values, header = reader.get_data(reader.read(streams))
     values = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
     # rows run down and columns to the right of a picture, as posterior and left do in a radiological display
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])
-    return _Pixels(np.ascontiguousarray(values[..., None]), affine, "" if _is_deep(header["mode"]) else "8bit")
+    values = np.ascontiguousarray(values[..., None], dtype=np.float32)
+    return _Pixels(values, affine, "" if _is_deep(header["mode"]) else "8bit")
 
 
 def _read_dicom(files: list[Path], max_voxels: int) -> _Pixels:
@@ -314,17 +332,32 @@ def _is_placed(image: MetaTensor) -> bool:
     return image.meta["slice_axis"] is not None
 
 
-def _to_gray_or_rgb(image: Image.Image, path: str, max_voxels: int) -> Image.Image:
+def _to_gray_or_rgb(image: ImageFile.ImageFile, path: str, max_voxels: int) -> Image.Image:
     """Decode now, so that a truncated file fails here, and bring palettes and alpha to plain gray or RGB."""
     bands, each = image.getbands(), np.dtype(ImageMode.getmode(image.mode).typestr).itemsize
-    check_size(path, image.size, max_voxels, channels=1 if bands[0] in ("1", "L", "I", "F") else 3)
-    check_claim(path, math.prod(image.size) * len(bands) * each, os.path.getsize(path))
+    channels = 1 if bands[0] in ("1", "L", "I", "F") else 3
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, whose tiles are decoded whole, however little of them shows
+    sides = [max(side, tags.get(tag, 0)) for side, tag in zip(image.size, _SIDES_OF_TILES, strict=True)]
+    check_size(path, sides, max_voxels, channels)
+    check_claim(path, math.prod(sides) * max(channels, len(bands)) * each, os.path.getsize(path))
+    check_count(path, len(image.tile), "strips or tiles", MAX_PARTS)
+    if isinstance(image, JpegImageFile):
+        check_count(path, _scans(Path(path).read_bytes()), "scans", MAX_SCANS)
     image.load()
     if image.mode in ("L", "RGB") or _is_deep(image.mode):
         return image
     converted = image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
     converted.format = image.format
     return converted
+
+
+def _scans(jpeg: bytes) -> int:
+    """How many scans a JPEG has up to its end, by the markers that decoders follow."""
+    at = count = 0
+    while (marker := _MARKER.search(jpeg, at)) and marker[1] != _END:
+        count += marker[1] == _SCAN
+        at = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
+    return count
 
 
 def _is_deep(mode: str) -> bool:

@@ -3,14 +3,16 @@
 python -m scripts.checks.foreign_config FILE...
 
 A config of a MONAI bundle is a program: texts that begin with ``$`` are Python, ``_target_`` names what is called, and
-``%`` takes items of other files. This lists every expression, every component that is not known to be harmless, and
-every item that is taken from a file which is not among those given. Nothing of the files is run or imported. The exit
-code is 1 if there is anything to read, and 0 if there is nothing.
+``%`` takes items of other files. So is ``logging.conf``, which MONAI takes from beside a config: ``args`` is Python
+there, and ``class`` names what is called. This lists every expression, every component that is not known to be
+harmless, and whatever is taken from a file which is not among those given. Nothing of the files is run or imported. The
+exit code is 1 if there is anything to read, and 0 if there is nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import configparser
 import json
 import re
 import sys
@@ -30,6 +32,13 @@ HARMLESS = ("monai.inferers", "torch.nn", "torch.optim", "torch.optim.lr_schedul
 POWERFUL = ("site.addsitedir", "bundle.exports.load_exported")
 _CLASS = re.compile(r"[A-Z]\w*")  # modules and functions have small letters
 _TARGET = "_target_"
+_FACTORY = "()"  # what is called in the place of a class, where the configuration of logging is a dictionary
+_CONFIGS = (".json", ".yaml", ".yml")
+_LOGGING = "logging.conf"  # which MONAI reads if it lies beside a config
+_LOGGING_FILE = "logging_file"  # names another one
+# what Python evaluates or calls in such a file, and the texts there that only show lines in a terminal
+_CALLED = {"class": ("StreamHandler", "NullHandler", "Formatter")}
+_EVALUATED = {"args": ("()", "(sys.stderr,)", "(sys.stdout,)"), "kwargs": ("{}",), "defaults": ("{}",)}
 
 
 class Found(NamedTuple):
@@ -48,10 +57,13 @@ def examine(files: Sequence[Path]) -> list[Found]:
     """Everything in ``files`` that would run, or that comes from elsewhere, in order.
 
     Raises:
-        BundleError: if one is missing, or is neither JSON nor YAML.
+        BundleError: if one is missing, or is no config of any kind.
     """
-    given = {file.resolve() for file in files}
-    return [found for file in files for found in _in_item(file, "", read_plainly(file), given)]
+    given = {file.resolve(): file for file in files}
+    for file in files:
+        if file.suffix in _CONFIGS and (beside := file.with_name(_LOGGING)).is_file():
+            given.setdefault(beside.resolve(), beside)
+    return [found for file in given.values() for found in _in_file(file, {*given})]
 
 
 def read_plainly(file: Path) -> Any:
@@ -64,8 +76,31 @@ def read_plainly(file: Path) -> Any:
         text = file.read_text(encoding="utf-8")
         return json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BundleError(f"'{file}' is no config ({reason}): give a .json or .yaml file") from error
+        raise _no_config(file, error) from error
+
+
+def _no_config(file: Path, error: Exception) -> BundleError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return BundleError(f"'{file}' is no config ({reason}): give a .json or .yaml file, or a .conf file of logging")
+
+
+def _in_file(file: Path, given: set[Path]) -> Iterator[Found]:
+    return _in_item(file, "", read_plainly(file), given) if file.suffix in _CONFIGS else _in_logging(file)
+
+
+def _in_logging(file: Path) -> Iterator[Found]:
+    """What runs when ``logging.config.fileConfig`` reads the file; interpolated texts are told as they stand there."""
+    parser = configparser.RawConfigParser()
+    try:
+        parser.read_string(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, configparser.Error) as error:
+        raise _no_config(file, error) from error
+    for name, section in parser.items():
+        for key, text in section.items():
+            plain = text.replace(" ", "").removeprefix("logging.")
+            for kind, harmless in (("component", _CALLED), ("expression", _EVALUATED)):
+                if key in harmless and plain not in harmless[key]:
+                    yield Found(file, f"{name}::{key}", kind, text)
 
 
 @cache
@@ -101,6 +136,8 @@ def _in_item(file: Path, name: str, item: Any, given: set[Path]) -> Iterator[Fou
     if isinstance(item, dict):
         if _TARGET in item and not is_harmless(item[_TARGET]):
             yield Found(file, name or ".", "component", str(item[_TARGET]))
+        if _FACTORY in item:
+            yield Found(file, name or ".", "component", str(item[_FACTORY]))
         for key, value in item.items():
             yield from _in_item(file, f"{name}::{key}" if name else str(key), value, given)
     elif isinstance(item, list):
@@ -110,20 +147,23 @@ def _in_item(file: Path, name: str, item: Any, given: set[Path]) -> Iterator[Fou
         yield Found(file, name, "expression", item)
     elif isinstance(item, str) and item.startswith("%"):
         other = item[1:].partition("::")[0]
-        if Path(other).suffix in (".json", ".yaml", ".yml") and Path(other).resolve() not in given | _own():
+        if Path(other).suffix in _CONFIGS and Path(other).resolve() not in given | _own():
             yield Found(file, name, "item of another file", item)
+    elif isinstance(item, str) and name.rpartition("::")[2] == _LOGGING_FILE:
+        if Path(item).resolve() not in given | _own():
+            yield Found(file, name, "another file of logging", item)
 
 
 @cache
 def _own() -> frozenset[Path]:
-    return frozenset(CONFIGS.resolve().glob("*.json"))
+    return frozenset(file for file in CONFIGS.resolve().iterdir() if file.suffix == ".json" or file.name == _LOGGING)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m scripts.checks.foreign_config", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a config, JSON or YAML")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a config, or a file of logging")
     try:
         found = examine(parser.parse_args(arguments).files)
     except BundleError as error:

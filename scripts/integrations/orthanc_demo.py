@@ -68,12 +68,12 @@ class Grids:
     Args:
         source: instances of the source series, in order of ``mask``.
         mask: of the SEG, bool.
-        anomaly_map: of the Parametric Map, standard deviations.
+        heat: of the Parametric Map, from 0 to 1; 0.5 is the threshold.
     """
 
     source: list[Dataset]
     mask: np.ndarray
-    anomaly_map: np.ndarray
+    heat: np.ndarray
 
 
 def fetch_series(client: DICOMwebClient, study: str) -> list[StoredSeries]:
@@ -145,7 +145,7 @@ def draw(client: DICOMwebClient, series: Sequence[StoredSeries], caption: str) -
     axes[1].imshow(plain, cmap="gray", vmin=0, vmax=255)
     if grids.mask[index].any():
         axes[1].contour(grids.mask[index], levels=[0.5], colors="cyan", linewidths=1)
-    shown = axes[2].imshow(grids.anomaly_map[index], cmap=COLORMAP, vmin=0, vmax=grids.anomaly_map.max())
+    shown = axes[2].imshow(grids.heat[index], cmap=COLORMAP, vmin=0, vmax=1)
     axes[3].imshow(fused)
     for axis, name in zip(
         axes, ("MR, /rendered", "DICOM SEG, as an outline", "Parametric Map", "overlay series, /rendered"), strict=True
@@ -154,7 +154,7 @@ def draw(client: DICOMwebClient, series: Sequence[StoredSeries], caption: str) -
         axis.set_title(name, fontsize=9)
     bar = figure.colorbar(shown, ax=axes, location="bottom", fraction=0.03, aspect=60)
     bar.ax.tick_params(labelsize=7)
-    bar.set_label("Parametric Map: z-score among healthy patches", fontsize=7)
+    bar.set_label("Parametric Map; 0.5 is the threshold", fontsize=7)
     place = f"slice {int(source.InstanceNumber)} of {len(grids.source)}"
     figure.suptitle(f"{caption}, {place}", fontsize=9)
     return figure

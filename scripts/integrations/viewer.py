@@ -11,15 +11,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import io
 import json
 import signal
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path, PurePosixPath
-from threading import Event, Thread
-from typing import Any
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
 
 import requests
 from aiohttp import ClientSession, ClientTimeout, web
@@ -29,7 +31,7 @@ from tqdm import tqdm
 
 from bundle import NAME
 from bundle.errors import BundleError
-from bundle.files import whole_file, whole_files
+from bundle.files import partial_prefix
 from bundle.manifest import FILE, Manifest
 from scripts.integrations.dicomweb import connect
 from scripts.integrations.environments import cache_folder
@@ -49,6 +51,8 @@ DICOMWEB = "/dicom-web"
 HEADERS = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 PASSED_ON = ("Accept", "Content-Type", "Content-Encoding", "ETag", "Last-Modified")
 START_SECONDS = 30.0
+T = TypeVar("T")
+SESSION = web.AppKey("session", ClientSession)
 
 
 def ohif(base: Path, package: Path | None = None) -> Path:
@@ -64,46 +68,41 @@ def ohif(base: Path, package: Path | None = None) -> Path:
     folder = base / f"ohif-{VERSION}"
     base.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if not (folder / "index.html").is_file():
-            if package is None:
-                print(f"fetching OHIF {VERSION} ({LICENSE} license, 50 MB) into '{folder}', once", flush=True)
-            with whole_file(folder.with_name(f"{folder.name}.tgz")) as archive:
-                archive.write_bytes(_fetched() if package is None else package.read_bytes())
-                _check(archive, str(package or PACKAGE))
-                with whole_files(folder) as fresh:
-                    _unpack(archive, fresh)
-            folder.with_name(f"{folder.name}.tgz").unlink()
+        if not folder.is_dir():
+            archive = _fetched(folder) if package is None else _given(package)
+            with tempfile.TemporaryDirectory(dir=base, prefix=partial_prefix()) as workspace:
+                with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
+                    opened.extractall(workspace, filter="data")
+                Path(workspace, IN_PACKAGE).rename(folder)
     return folder
 
 
-def _fetched() -> bytes:
+def _fetched(folder: Path) -> bytes:
+    print(f"fetching OHIF {VERSION} ({LICENSE} license, 50 MB) into '{folder}', once", flush=True)
     try:
         answer = requests.get(PACKAGE, timeout=60)
         answer.raise_for_status()
-        return answer.content
     except requests.RequestException as error:
         raise BundleError(
             f"cannot fetch '{PACKAGE}' ({type(error).__name__}): fetch it elsewhere, and give --package FILE"
         ) from error
+    return _checked(answer.content, PACKAGE)
 
 
-def _check(archive: Path, source: str) -> None:
-    found = hashlib.sha512(archive.read_bytes()).hexdigest()
+def _given(package: Path) -> bytes:
+    try:
+        return _checked(package.read_bytes(), str(package))
+    except OSError as error:
+        raise BundleError(f"cannot read '{package}' ({error.strerror}): check --package") from error
+
+
+def _checked(archive: bytes, source: str) -> bytes:
+    found = hashlib.sha512(archive).hexdigest()
     if found != SHA512:
-        raise BundleError(f"'{source}' is not OHIF {VERSION} (sha512 {found[:16]}..., not {SHA512[:16]}...): fetch it anew")
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    """Write the files of the built viewer below ``folder``."""
-
-    def place(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
-        below = PurePosixPath(member.name)
-        if not below.is_relative_to(IN_PACKAGE) or below == PurePosixPath(IN_PACKAGE):
-            return None
-        return tarfile.data_filter(member.replace(name=str(below.relative_to(IN_PACKAGE))), path)
-
-    with tarfile.open(archive) as opened:
-        opened.extractall(folder, filter=place)
+        raise BundleError(
+            f"'{source}' is not OHIF {VERSION} (sha512 {found[:16]}..., not {SHA512[:16]}...): fetch it anew"
+        )
+    return archive
 
 
 def settings() -> str:
@@ -186,14 +185,14 @@ def application(viewer: Path, archive: str) -> web.Application:
     return app
 
 
-SESSION = web.AppKey("session", ClientSession)
-
-
 @contextmanager
 def serving(app: web.Application, port: int) -> Iterator[str]:
     """The address of ``app``, which answers this machine alone until the block ends."""
     loop = asyncio.new_event_loop()
-    started = Event()
+    thread = Thread(target=loop.run_forever, daemon=True)
+
+    def done(work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, loop).result(START_SECONDS)
 
     async def serve() -> web.AppRunner:
         runner = web.AppRunner(app)
@@ -201,19 +200,12 @@ def serving(app: web.Application, port: int) -> Iterator[str]:
         await web.TCPSite(runner, HOST, port).start()
         return runner
 
-    def work() -> None:
-        asyncio.set_event_loop(loop)
-        loop.call_soon(started.set)
-        loop.run_forever()
-
-    thread = Thread(target=work, daemon=True)
     thread.start()
-    started.wait(START_SECONDS)
-    runner = asyncio.run_coroutine_threadsafe(serve(), loop).result(START_SECONDS)
+    runner = done(serve())
     try:
         yield f"http://{HOST}:{port}"
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(START_SECONDS)
+        done(runner.cleanup())
         loop.call_soon_threadsafe(loop.stop)
         thread.join(START_SECONDS)
         loop.close()
@@ -243,7 +235,9 @@ def make_parser() -> argparse.ArgumentParser:
     """The options of the command."""
     parser = argparse.ArgumentParser(description="OHIF for results on this machine; only this machine can reach it.")
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="of results, or of DICOM files")
-    parser.add_argument("--url", help="show the DICOMweb archive at this address, such as http://127.0.0.1:8042/dicom-web")
+    parser.add_argument(
+        "--url", help="show the DICOMweb archive at this address, such as http://127.0.0.1:8042/dicom-web"
+    )
     parser.add_argument("--allow_remote", action="store_true", help="the archive may be on another machine")
     parser.add_argument("--port", type=int, default=PORT, help=f"0: any free one (default: {PORT})")
     parser.add_argument("--package", type=Path, help=f"the file {PACKAGE}, where it cannot be fetched")
@@ -268,7 +262,9 @@ def viewing(
         else:
             files = dicom_files(folders)
             if not files:
-                raise BundleError(f"no DICOM file in {', '.join(map(repr, map(str, folders)))}: infer with --write_dicom true")
+                raise BundleError(
+                    f"no DICOM file in {', '.join(map(repr, map(str, folders)))}: infer with --write_dicom true"
+                )
             server = stack.enter_context(running())
             store(server, files)
             archive = server.dicomweb_url

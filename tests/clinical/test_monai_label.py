@@ -286,6 +286,37 @@ def test_no_name_of_an_image_is_logged(server):
     assert "oblique_left_handed" not in server.log.read_text()
 
 
+FORGED = "2026-01-01 00:00:00,000 ERROR root: forged"
+FORGING = f"flair\n{FORGED}\r{FORGED}\x1b[31m\u2028{FORGED}"
+
+
+def test_names_of_files_forge_no_line_of_a_log(sample_cohort, model_knobs, tmp_path):
+    studies, apps = tmp_path / "studies", tmp_path / "apps"
+    studies.mkdir()
+    names = [f"{number}{FORGING}" for number in (1, 2)]
+    for number, name in enumerate(names, start=1):
+        volume = nib.load(sample_cohort / "volumes" / "train" / f"sub-000{number}_flair.nii.gz")
+        volume.set_sform(None, 0)
+        volume.set_qform(None, 0)  # of which a training warns
+        nib.save(volume, studies / f"{name}.nii.gz")
+    (studies / f"broken{FORGING}.nii.gz").write_bytes(b"no image")
+    with serving(studies, tmp_path / "log", model_knobs, "--apps", apps, "--verbose") as server:
+        for name in names:
+            server.infer(name, "json")
+            server.save_label(name, _label(nib.load(studies / f"{name}.nii.gz")))
+        for name in (f"broken{FORGING}", f"nowhere{FORGING}"):
+            answer = requests.post(f"{server.url}/infer/{MODEL}", params={"image": name}, timeout=60)
+            assert answer.status_code == 422
+        task = server.train(max_epochs=1)
+        assert task["status"] == "DONE", task
+    for log in ((tmp_path / "log").read_text(), (apps / "logs" / "app.log").read_text()):
+        assert "Adding New Image: 1flair\\n2026" in log and "Adding Label: 1flair\\n2026" in log
+        assert [line for line in log.splitlines() if "task_train" in line and FORGED in line]
+        assert "\x1b" not in log
+        assert not [line for line in log.splitlines() if line.startswith(FORGED)]
+    assert not [line for line in task["details"] if line.startswith(FORGED)]
+
+
 def test_healthy_labels_make_a_new_model_that_serves_the_next_request(sample_cohort, model_knobs, run_bundle, tmp_path):
     studies, apps = tmp_path / "studies", tmp_path / "apps"
     studies.mkdir()
@@ -355,6 +386,39 @@ def test_a_series_of_a_dicomweb_server_gets_the_mask_of_the_bundle(
         assert seg.Modality == "SEG"
         assert seg.SegmentSequence[0].SegmentLabel == "anomaly"
     assert series not in (tmp_path / "log").read_text()
+
+
+def test_what_headers_of_a_series_tell_is_compared_in_the_words_of_the_bundle(
+    empty_orthanc, cohort_dicom, model_knobs, run_bundle, tmp_path
+):
+    folder = tmp_path / "series"
+    folder.mkdir()
+    for file in sorted((cohort_dicom / "test" / "sub-0009").glob("*.dcm")):
+        image = dcmread(file)
+        image.SeriesDescription, image.ContrastBolusAgent = "Ax T1 of SecretPerson", "Gadovist"
+        image.save_as(folder / file.name)
+    empty_orthanc.store(folder)
+    knobs = {**model_knobs, "batch_size": BATCH, "tracking_uri": "off"}
+    run_bundle("inferring", "configs/inference.json", dataset_dir=folder, output_dir=tmp_path / "own", **knobs)
+    with (tmp_path / "own" / "scores.csv").open() as stream:
+        own = next(csv.DictReader(stream))["unlike"]
+    assert own.startswith("sequence t1, learned from flair")
+    series = str(image.SeriesInstanceUID)
+    with serving(empty_orthanc.dicomweb_url, tmp_path / "log", model_knobs) as server:
+        assert server.infer(series, "json").json()["unlike"] == own
+        asked = {"params": {"image": series, "output": "dicom_seg"}, "timeout": 60}
+        params = {"params": json.dumps({"label_info": [{"name": "anomaly"}]})}
+        answer = requests.post(f"{server.url}/infer/{MODEL}", data=params, **asked)
+        assert answer.status_code == 422
+        assert answer.json()["detail"].startswith(
+            f"the image is unlike the training data, its map may mean nothing: {own}"
+        )
+        assert np.asarray(server.mask(series).dataobj).any()
+    log = (tmp_path / "log").read_text()
+    assert f"the image is unlike the training data, its map may mean nothing: {own}" in log
+    assert "SecretPerson" not in log and series not in log
+    with serving(empty_orthanc.dicomweb_url, tmp_path / "log2", model_knobs, segment_unlike="true") as server:
+        assert dcmread(io.BytesIO(server.infer(series, "dicom_seg", data=params).content)).Modality == "SEG"
 
 
 def test_series_of_a_dicomweb_server_train_a_new_model(empty_orthanc, cohort_dicom, model_knobs, run_bundle, tmp_path):

@@ -24,6 +24,7 @@ from PIL import Image
 from pydicom.uid import JPEGLSLossless
 
 from bundle.errors import BundleError
+from bundle.results import heat
 from scripts.integrations.dicomweb import ANY_SYNTAX, choose_series, connect
 from scripts.integrations.orthanc import running
 from scripts.integrations.orthanc_demo import fetch_grids, fetch_series, find, rendered
@@ -55,6 +56,11 @@ def infer(run_python, server, study, knobs, output, *words, check=True):
     options = [f"--{name}={value}" for name, value in knobs.items()]
     command = ["-m", "scripts.integrations.dicomweb", "--url", server.dicomweb_url, "--study", study]
     return run_python(*command, "--output_dir", output, *options, *words, check=check)
+
+
+def threshold_of(results):
+    """The threshold of the maps in a folder of results."""
+    return float(next(csv.DictReader((results / "scores.csv").open()))["threshold"])
 
 
 def volume_of(file):
@@ -137,7 +143,7 @@ def test_seg_and_parametric_map_hold_what_the_bundle_wrote(examined):
     anomaly_map = volume_of(examined.results / "series_map.nii.gz")
     assert mask.any()
     assert np.array_equal(on_axes(grids.mask), mask > 0)
-    assert np.abs(on_axes(grids.anomaly_map) - anomaly_map).max() <= np.ptp(anomaly_map) / 2**16
+    assert np.abs(on_axes(grids.heat) - heat(anomaly_map, threshold_of(examined.results))).max() < 1e-5
 
 
 def test_seg_lies_where_the_volume_of_the_same_subject_has_its_mask(
@@ -153,7 +159,8 @@ def test_seg_lies_where_the_volume_of_the_same_subject_has_its_mask(
         **model_knobs,
     )
     grids = fetch_grids(examined.client, examined.series)
-    assert np.abs(on_axes(grids.anomaly_map) - volume_of(tmp_path / f"{name}_map.nii.gz")).max() < 0.01
+    anomaly_map = volume_of(tmp_path / f"{name}_map.nii.gz")
+    assert np.abs(on_axes(grids.heat) - heat(anomaly_map, threshold_of(tmp_path))).max() < 0.005
     differing = on_axes(grids.mask) != (volume_of(tmp_path / f"{name}_mask.nii.gz") > 0)
     assert differing.sum() <= 0.01 * grids.mask.sum()
 
@@ -194,7 +201,7 @@ def test_the_report_tells_the_score(examined):
     (report,) = examined.client.retrieve_series(examined.study, find(examined.series, "SR").uid)
     (row,) = csv.DictReader((examined.results / "scores.csv").open())
     numbers = _numbers(report)
-    assert any(abs(number - float(row["score"])) < 1e-4 for number in numbers)
+    assert any(abs(number - float(row["score"])) < 0.006 for number in numbers)
 
 
 def _numbers(dataset):

@@ -22,16 +22,19 @@ from scripts.integrations.monai_deploy.study import StudyDetector
 ROOT = Path(__file__).parents[3]
 APPLICATION = Path(__file__).with_name("application")
 CONFIGS = ROOT / "configs"
-# of this bundle, what reads and writes DICOM and paints overlays; networks and transforms are in model.ts
+# of this bundle, what reads and writes DICOM, paints overlays and names what is unlike the training data; networks and
+# transforms are in model.ts
 MODULES = (
     "__init__.py",
     "errors.py",
     "figures.py",
+    "learned.py",
     "limits.py",
     "results.py",
     "dicom/__init__.py",
     "dicom/decoding.py",
     "dicom/series.py",
+    "dicom/words.py",
     "dicom/objects.py",
 )
 

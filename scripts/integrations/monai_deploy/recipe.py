@@ -15,7 +15,7 @@ from monai.transforms import ScaleIntensityRange
 
 from bundle.errors import BundleError
 from bundle.transforms import OrientSlicesd, ScaleForegroundPercentiles
-from bundle.transforms.intensity import EIGHT_BITS, scaler_of, scheme_of
+from bundle.transforms.intensity import SCHEMES, scaler_of, scheme_of
 
 READ_BY_DEPLOY = ("preprocessing", "inferer", "postprocessing")
 OWN_PACKAGES = ("bundle", "scripts")
@@ -28,18 +28,23 @@ def axcodes(plane: str) -> dict[str, str]:
     return {direction: oriented._target(image, f"??{direction}") for direction in "LRPAIS"}
 
 
-def window(scheme: str, modality: str) -> list[float] | None:
-    """The intensities that become 0 and 1 in images of ``modality`` under ``scheme``; None: percentiles decide.
-
-    Those of ``8bit`` are for images of 8 bits alone, see :func:`window_of_8_bits`; others are read as ``auto`` does.
-    """
-    scaler = scaler_of(scheme_of(modality) if scheme in ("auto", "8bit") else scheme)
-    return [scaler.a_min, scaler.a_max] if isinstance(scaler, ScaleIntensityRange) else None
+def scheme_for(scheme: str, modality: str) -> str:
+    """By which scheme images of ``modality`` are read, where that of the model is ``scheme``; see also the next one."""
+    return scheme_of(modality) if scheme in ("auto", "8bit") else scheme
 
 
-def window_of_8_bits(scheme: str) -> list[float] | None:
-    """The intensities that become 0 and 1 in images of 8 bits, where ``scheme`` reads these in a way of their own."""
-    return [0.0, EIGHT_BITS] if scheme == "8bit" else None
+def scheme_of_8_bits(scheme: str) -> str | None:
+    """By which scheme images of 8 bits are read, where ``scheme`` has a way of its own for them."""
+    return scheme if scheme == "8bit" else None
+
+
+def windows() -> dict[str, list[float] | None]:
+    """The intensities that become 0 and 1 under each scheme; None: percentiles decide."""
+    scalers = {scheme: scaler_of(scheme) for scheme in SCHEMES if scheme != "auto"}
+    return {
+        scheme: [scaler.a_min, scaler.a_max] if isinstance(scaler, ScaleIntensityRange) else None
+        for scheme, scaler in scalers.items()
+    }
 
 
 def foreground_percentiles() -> list[float]:

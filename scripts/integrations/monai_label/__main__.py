@@ -23,7 +23,7 @@ from monai.bundle import ConfigParser
 from bundle import NAME
 from bundle.checkpoint import load_checkpoint, trained_settings
 from bundle.command_line import given_texts, read_config, read_knobs
-from bundle.errors import BundleError
+from bundle.errors import BundleError, OneLine
 from bundle.files import FLAT_SUFFIXES, NIFTI_SUFFIXES, content_key, whole_file
 from bundle.model import known_settings, make_detector, settings_in
 from bundle.networks.weights import FOLDER_VARIABLES
@@ -188,10 +188,11 @@ def logging_config(level: str, folder: Path) -> dict[str, Any]:
     file = {"class": "logging.handlers.RotatingFileHandler", "filename": str(folder / "app.log"), "maxBytes": 10**7}
     handlers: dict[str, dict[str, Any]] = {"console": {"class": "logging.StreamHandler"}, "file": file}
     for handler in handlers.values():
-        handler |= {"level": level, "formatter": "line"}
+        handler |= {"level": level, "formatter": "line", "filters": ["one_line"]}
     return {
         "version": 1,
         "disable_existing_loggers": False,
+        "filters": {"one_line": {"()": f"{OneLine.__module__}.{OneLine.__name__}"}},
         "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
         "handlers": handlers,
         "root": {"level": level, "handlers": list(handlers)},

@@ -40,7 +40,8 @@ from monailabel.tasks.train.bundle import BundleTrainTask
 from monailabel.utils.others.generic import device_list
 
 from bundle import NAME, __version__
-from bundle.errors import BundleError, user_error
+from bundle.dicom.words import header_words
+from bundle.errors import BundleError, log_single_lines, user_error
 from bundle.files import NIFTI_SUFFIXES, is_flat
 from bundle.results import CaseResult
 
@@ -54,6 +55,8 @@ class BundleApp(MONAILabelApp):
     """One model, named as the bundle, that segments ``anomaly`` and learns from healthy images."""
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        logging.captureWarnings(True)
+        log_single_lines()  # a training has MONAI Label's own handlers
         self.bundle_dir = os.path.join(app_dir, "model", NAME)
         super().__init__(
             app_dir, studies, conf, name=NAME, description="Unsupervised anomaly maps", version=__version__
@@ -91,7 +94,8 @@ class BundleApp(MONAILabelApp):
             stored = datastore or self.datastore()
             if isinstance(image, str) and not os.path.exists(image) and not stored.get_image_uri(image):
                 raise BundleError(f"no image '{image}': GET /datastore/?output=all lists those that are there")
-            return super().infer(request, datastore)
+            told = stored.told(image) if isinstance(stored, SeriesDatastore) else {}
+            return super().infer(request | {"told": told}, datastore)
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
         """Train on the healthy images; the model is replaced at the end, or not at all."""
@@ -123,7 +127,15 @@ class AnomalyInfer(BundleInferTask):
         return [*super().post_transforms(data), self._cut]
 
     def _cut(self, data: dict[str, Any]) -> dict[str, Any]:
+        data["image"].meta.update(data["told"])
         result = CaseResult.from_output(data, self._get_network(data["device"], data))
+        if result.unlike:
+            logger.warning(result.doubt("the image"))
+            if data.get("wanted") == "dicom_seg" and not self.bundle_config["segment_unlike"]:
+                raise BundleError(
+                    f"{result.doubt('the image')}; a DICOM segmentation would call it a lesion: ask for output=image, "
+                    "or start the server with --segment_unlike=true"
+                )
         values = torch.from_numpy(result.mask.astype(np.uint8))
         mask = MetaTensor(values, meta=data["pred_map_restored"].meta)
         data[self.output_label_key] = mask[..., 0] if is_flat(data["image_path"]) else mask
@@ -221,9 +233,16 @@ class SeriesDatastore(DICOMWebDatastore):
             BundleError: if its slices are no volume, which the conversion would not notice.
         """
         path: str = super().get_image_uri(image_id)
-        files = sorted(Path(self._datastore.image_path(), image_id).glob("*.dcm"))
-        check_slices(files)
+        check_slices(self._files(image_id))
         return path
+
+    def told(self, image_id: str) -> dict[str, Any]:
+        """What only the headers of a fetched series say of how it was made; nothing of any other image."""
+        files = self._files(image_id)
+        return header_meta(files) if files else {}
+
+    def _files(self, image_id: str) -> list[Path]:
+        return sorted(Path(self._datastore.image_path(), image_id).glob("*.dcm"))
 
     def save_label(
         self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any], label_id: str = ""
@@ -256,6 +275,13 @@ def check_slices(files: Sequence[Path]) -> None:
     from bundle.dicom.series import read_headers
 
     read_headers(files)
+
+
+def header_meta(files: Sequence[Path]) -> dict[str, Any]:
+    """What the headers of a series tell, as :class:`~bundle.transforms.LoadCased` has it in ``meta``."""
+    from bundle.dicom.series import modality_in, read_headers
+
+    return {"modality": modality_in(files[0]), "words": header_words(read_headers(files)[0])}
 
 
 def is_empty(path: str) -> bool:

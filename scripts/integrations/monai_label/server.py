@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from monailabel.app import app
+from monailabel.endpoints import infer
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -45,6 +46,19 @@ class RefuseOtherOrigins:
             )
 
 
+def telling_what_is_wanted(run_inference: Callable[..., Any]) -> Callable[..., Any]:
+    """``run_inference`` of MONAI Label, which tells the app in which format the mask is wanted: not all get all."""
+
+    def run(
+        tasks: Any, model: str, image: str, session_id: str, params: str, file: Any, label: Any, output: Any
+    ) -> Any:
+        params = json.dumps({**json.loads(params or "{}"), "wanted": output})
+        return run_inference(tasks, model, image, session_id, params, file, label, output)
+
+    return run
+
+
+infer.run_inference = telling_what_is_wanted(infer.run_inference)
 # in place of MONAI Label's own, which lets every page of the web ask; its setting for that breaks its training
 app.user_middleware[:] = [
     Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS),

@@ -17,7 +17,7 @@ from monai.deploy.core import AppContext, Application, IOType, parse_args
 from monai.deploy.core.arg_parser import set_up_logging
 from operators import FOUND, IMAGE, OURS, SELECTED, STUDIES, ResultWriter, SeriesSelector, StudyLoader, VolumeReader
 
-from bundle.errors import BundleError, user_error
+from bundle.errors import BundleError, log_single_lines, user_error
 
 CONFIG = Path(__file__).with_name("app.yaml")
 MODEL_HASH = Path(__file__).with_name("model.sha256")
@@ -129,6 +129,7 @@ def run(argv: list[str]) -> None:
     arguments = parse_args(argv)
     set_up_logging(arguments.log_level)
     logging.captureWarnings(True)
+    log_single_lines()
     for handler in logging.getLogger().handlers:
         handler.addFilter(_Private())
     context = AppContext({name: value for name, value in vars(arguments).items() if value})

@@ -23,9 +23,11 @@ from pydicom.misc import is_dicom
 from bundle import __version__
 from bundle.dicom.objects import Algorithm, write_objects
 from bundle.dicom.series import NoImageError, group_series, read_headers, read_volume
+from bundle.dicom.words import header_words
 from bundle.errors import BundleError
 from bundle.figures import blend_slices
-from bundle.results import CaseResult, RestoredMap, looks_unlike
+from bundle.learned import read_summary
+from bundle.results import CaseResult, RestoredMap
 
 STUDIES = "dicom_study_list"
 SELECTED = "study_selected_series_list"
@@ -177,13 +179,11 @@ class ResultWriter(Operator):
         series = op_input.receive(SELECTED)[0].selected_series[0].series
         model = self.context.models.get()
         found = {name: op_input.receive(name) for name in FOUND}
-        result = as_result(found, model.predictor)
         sources = read_headers(files_of(series))
+        result = as_result(found, model.predictor, sources[0])
         pictures = blend_slices(found["shown"], result.restored.values, result.threshold)
         if result.unlike:
-            logger.warning(
-                "unlike the training data, the map may mean nothing, no segmentation is written: %s", result.warning
-            )
+            logger.warning("%s; no segmentation is written", result.doubt("the series"))
         output = Path(self.context.output_path)
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as folder:
@@ -199,14 +199,15 @@ class ResultWriter(Operator):
         logger.info("score %.2f, image threshold %.2f", result.score, result.image_threshold)
 
 
-def as_result(found: dict[str, Any], study_detector: Any) -> CaseResult:
+def as_result(found: dict[str, Any], study_detector: Any, header: Dataset) -> CaseResult:
     """What ``model.ts`` gave.
 
     Args:
         found: by names in :data:`FOUND`, on the axes [C, x, y, slices] of the series; of scores and counts all axes but
             that of the network's slices have length 1.
         study_detector: the scripted :class:`~scripts.integrations.monai_deploy.study.StudyDetector`, for the
-            thresholds.
+            thresholds and what it was learned from.
+        header: of the first slice.
 
     Raises:
         BundleError: if the map is not finite.
@@ -216,6 +217,13 @@ def as_result(found: dict[str, Any], study_detector: Any) -> CaseResult:
         raise BundleError("the anomaly map is not finite: make model.ts anew, from another checkpoint")
     likeness = study_detector.detector.case_likeness
     unlikeness = float(found["unlikeness"])
+    read = found["mask"].metadata()  # of the image, as the preprocessing left it
+    meta = {
+        "modality": read["Modality"],
+        "intensity_scheme": read["intensity_scheme"],
+        "words": header_words(header),
+    }
+    learned = read_summary(likeness.summary) if likeness.summary.numel() else None
     axis = 2 if scores.shape[2] == scores.size else int(np.argmax(scores.shape))
     return CaseResult(
         name=STEM,
@@ -226,7 +234,7 @@ def as_result(found: dict[str, Any], study_detector: Any) -> CaseResult:
         threshold=float(study_detector.detector.threshold),
         image_threshold=float(study_detector.detector.image_threshold),
         on_file=RestoredMap(anomaly_map[0], axis, tuple(range(scores.size))),
-        unlike=looks_unlike(unlikeness, float(likeness.volume_threshold)) if likeness.summary.numel() else None,
+        unlike=learned and learned.reasons(unlikeness, float(likeness.volume_threshold), meta),
         unlikeness=unlikeness,
     )
 
