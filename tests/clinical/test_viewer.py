@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 import SimpleITK
 from PIL import Image
-from playwright.sync_api import sync_playwright
 from pydicom.uid import generate_uid
 from scipy.ndimage import binary_dilation, binary_erosion, label
 
@@ -26,17 +24,14 @@ from bundle.dicom.series import read_volume
 from bundle.errors import BundleError
 from bundle.figures import blend_slices
 from bundle.results import CaseResult, RestoredMap, heat
+from scripts.integrations.screenshots import CANVAS, PAGE_SECONDS, browser, new_page, open_object, show_slice
 from scripts.integrations.viewer import dicom_files, ohif, viewing
 
 ROOT = Path(__file__).parents[2]
-SOFTWARE_GL = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist")
 SHAPE = (72, 96, 8)
 HOT_SLICE = 5  # of the volume, by its place along z
 THRESHOLD = 2.0
 AFFINE = np.array([[-1.0, 0, 0, 30], [0, -1, 0, 40], [0, 0, 4, -10], [0, 0, 0, 1]])  # columns to the left, rows back
-CANVAS = "canvas.cornerstone-canvas"
-THUMBNAIL = "[data-cy^=study-browser-thumbnail]"
-PAGE_SECONDS = 60
 
 
 def body_and_map():
@@ -88,38 +83,27 @@ def results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(results):
-    folder, study, _, _ = results
+    folder, _, _, _ = results
     with viewing([folder / "out"], port=0) as url:
-        yield f"{url}/viewer?StudyInstanceUIDs={study}"
+        yield url
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", *SOFTWARE_GL])
-        yield launched
-        launched.close()
+def chromium():
+    with browser() as opened:
+        yield opened
 
 
 @pytest.fixture
-def opened(address, browser):
-    """``opened(SERIES)``: the viewer with an object open, and a way to look at it."""
-    page = browser.new_page(viewport={"width": 1000, "height": 800})
-    page.set_default_timeout(1000 * PAGE_SECONDS)
+def opened(address, chromium, results):
+    """``opened(SERIES)``: the page with an object open."""
+    with new_page(chromium) as page:
 
-    def open_series(words):
-        page.goto(address)
-        page.get_by_text("Confirm and Hide").click()  # that this is for research
-        page.locator(THUMBNAIL, has_text=words).dblclick()
-        return page
+        def open_series(description):
+            open_object(page, address, results[1], description)
+            return page
 
-    yield open_series
-    page.close()
-
-
-def slice_shown(page):
-    """The number of the slice, from 1, that the viewer tells."""
-    return int(re.search(r"I:\s*\d+ \((\d+)/\d+\)", page.inner_text("body")).group(1))
+        yield open_series
 
 
 def wait_until(page, condition):
@@ -151,14 +135,6 @@ def picture_of(page):
     """What is seen in the viewport, [rows, columns, 3]."""
     seen = page.screenshot(clip=page.locator(CANVAS).bounding_box())
     return np.asarray(Image.open(io.BytesIO(seen)).convert("RGB")).astype(int)
-
-
-def show_slice(page, number):
-    """Scroll to the slice of this number."""
-    page.locator(CANVAS).hover()
-    while slice_shown(page) != number:
-        page.keyboard.press("ArrowUp" if slice_shown(page) > number else "ArrowDown")
-        page.wait_for_timeout(200)
 
 
 def scrolled(page):
@@ -201,7 +177,6 @@ def center_of(values):
 def test_the_map_is_colored_where_it_is_hot_and_lies_on_the_image(opened, results):
     _, _, volume, result = results
     page = opened("Anomaly map")
-    page.wait_for_function(r"/W:\s*100/.test(document.body.innerText)")  # the window of all maps in OHIF
     show_slice(page, SHAPE[2] - HOT_SLICE)
     wait_until(page, lambda shown: (color_of(shown) > 60).sum() > 10_000)
     bodies = pictures_by_slice(volume.pixels[0] > 0)
@@ -220,7 +195,6 @@ def test_the_map_is_colored_where_it_is_hot_and_lies_on_the_image(opened, result
 def test_the_segmentation_fills_the_lesion_in_the_color_of_all_outlines(opened, results):
     _, _, volume, result = results
     page = opened("Anomaly mask")
-    page.get_by_text("Yes", exact=True).click()
     wait_until(page, lambda shown: (is_cyan(shown)).sum() > 1000)
     bodies, masks = pictures_by_slice(volume.pixels[0] > 0), pictures_by_slice(result.mask)
     seen = set()
@@ -260,14 +234,13 @@ def test_a_map_opens_in_the_way_of_3d_slicer_with_its_values_in_their_places(res
 
 
 def test_only_this_machine_is_answered_and_nothing_is_written(address):
-    root = address.partition("/viewer?")[0]
-    foreign = urllib.request.Request(root, headers={"Host": "hospital.example"})
+    foreign = urllib.request.Request(address, headers={"Host": "hospital.example"})
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(foreign)
     for method in ("POST", "DELETE", "PUT"):
         with pytest.raises(urllib.error.HTTPError, match="405"):
-            urllib.request.urlopen(urllib.request.Request(f"{root}/dicom-web/studies", method=method, data=b""))
-    with urllib.request.urlopen(f"{root}/../../etc/passwd") as answer:
+            urllib.request.urlopen(urllib.request.Request(f"{address}/dicom-web/studies", method=method, data=b""))
+    with urllib.request.urlopen(f"{address}/../../etc/passwd") as answer:
         assert b"root:" not in answer.read()
 
 
