@@ -25,6 +25,7 @@ from dicomweb_client import DICOMwebClient
 from matplotlib.figure import Figure
 from PIL import Image
 from pydicom import Dataset
+from pydicom.uid import ParametricMapStorage
 
 from bundle.errors import BundleError
 from bundle.figures import COLORMAP
@@ -54,9 +55,10 @@ class StoredSeries:
     instances: list[dict] = field(default_factory=list)
 
     def frames(self) -> Iterator[tuple[str, int]]:
-        """SOP instance and number, from 1, of every frame."""
+        """SOP instance and number, from 1, of every frame that Orthanc draws: it draws no floats."""
         for instance in self.instances:
-            count = int(_value(instance, "NumberOfFrames") or 1) if _value(instance, "Rows") else 0
+            drawn = _value(instance, "Rows") and _value(instance, "SOPClassUID") != ParametricMapStorage
+            count = int(_value(instance, "NumberOfFrames") or 1) if drawn else 0
             for number in range(1, count + 1):
                 yield str(_value(instance, "SOPInstanceUID")), number
 
@@ -187,7 +189,7 @@ def show(server: Orthanc, client: DICOMwebClient, study: str, figure_file: Path 
     for one in series:
         sizes = {rendered(client, one, instance, frame).shape[:2] for instance, frame in one.frames()}
         frames = sum(1 for _ in one.frames())
-        what = f"{frames} frames rendered, {sizes.pop()[::-1]}" if frames else "no frames"
+        what = f"{frames} frames rendered, {sizes.pop()[::-1]}" if frames else "no frames to render"
         print(f"  {one.modality:4} {one.description:45} {len(one.instances):3} objects, {what}")
     if figure_file is not None:
         words = f"SYNTHETIC sample cohort, {patient}: fetched from Orthanc by DICOMweb"

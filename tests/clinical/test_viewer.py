@@ -217,20 +217,34 @@ def test_the_overlay_is_shown_as_it_was_made(opened, results):
         assert np.quantile(differing, 0.9) < 3  # of 255; the outline is interpolated
 
 
-def test_a_map_opens_in_the_way_of_3d_slicer_with_its_values_in_their_places(results, tmp_path):
-    folder, _, _, result = results
-    program = Path(sys.executable).with_name("paramap2itkimage")
-    map_file = folder / "out/a_heatmap.dcm"
-    words = ["--inputDICOM", map_file, "--outputDirectory", tmp_path, "--outputType", "nrrd"]
-    subprocess.run([program, *words], check=True, capture_output=True)
-    image = SimpleITK.ReadImage(tmp_path / "pmap.nrrd")
-    values = SimpleITK.GetArrayFromImage(image).T
+def by_dcmqi(program, file, folder):
+    """What a program of dcmqi, 3D Slicer's way in, makes of an object."""
+    words = ["--inputDICOM", file, "--outputDirectory", folder, "--outputType", "nrrd"]
+    subprocess.run([Path(sys.executable).with_name(program), *words], check=True, capture_output=True)
+    [made] = folder.glob("*.nrrd")
+    return SimpleITK.ReadImage(made)
+
+
+def values_at(image, voxels, affine):
+    """Values of an image of ITK at voxels [N, 3] of an image with ``affine``."""
+    places = (np.c_[voxels, np.ones(len(voxels))] @ affine.T)[:, :3] * RAS_TO_LPS
+    return np.array([image[image.TransformPhysicalPointToIndex(place.tolist())] for place in places])
+
+
+def test_3d_slicers_reader_has_the_values_of_the_map_in_their_places(results, tmp_path):
+    folder, _, volume, result = results
+    image = by_dcmqi("paramap2itkimage", folder / "out/a_heatmap.dcm", tmp_path)
     expected = heat(result.restored.values, THRESHOLD)
-    affine = read_volume(sorted((folder / "in").iterdir())).affine
-    for voxel in np.argwhere(expected > 0.05)[::7]:
-        place = (affine @ [*voxel, 1])[:3] * RAS_TO_LPS
-        index = image.TransformPhysicalPointToIndex(place.tolist())
-        assert values[index] == pytest.approx(expected[tuple(voxel)], abs=1e-6)
+    voxels = np.argwhere(expected > 0.05)[::7]
+    np.testing.assert_allclose(values_at(image, voxels, volume.affine), expected[tuple(voxels.T)], atol=1e-6)
+
+
+def test_3d_slicers_reader_has_the_segmentation_in_its_place(results, tmp_path):
+    folder, _, volume, result = results
+    image = by_dcmqi("segimage2itkimage", folder / "out/a_seg.dcm", tmp_path)
+    voxels = np.argwhere(result.mask)
+    assert (values_at(image, voxels, volume.affine) == 1).all()
+    assert SimpleITK.GetArrayFromImage(image).sum() == result.mask.sum()
 
 
 def test_only_this_machine_is_answered_and_nothing_is_written(address):
