@@ -132,9 +132,9 @@ def find(series: Sequence[StoredSeries], modality: str, description: str = "") -
 
 
 def draw(client: DICOMwebClient, series: Sequence[StoredSeries], caption: str) -> Figure:
-    """The slice with the largest mask: what the server renders, and what it keeps."""
+    """The hottest slice: what the server renders, and what it keeps."""
     grids = fetch_grids(client, series)
-    index = int(grids.mask.sum((1, 2)).argmax())
+    index = int(grids.heat.max((1, 2)).argmax())
     source = grids.source[index]
     overlay = find(series, "OT", "Anomaly overlay")
     at = next(one for one in overlay.instances if _position(one) == _rounded(source.ImagePositionPatient))
