@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 import random
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -145,6 +146,31 @@ def test_a_series_alone_in_its_folder_has_the_folders_name(tmp_path):
     series(tmp_path / "a" / "axial")
     series(tmp_path / "b")
     assert [case["name"] for case in find_images(tmp_path)] == ["a/axial", "b"]
+
+
+def test_an_export_that_was_copied_twice_is_one_series(tmp_path, caplog):
+    files = series(tmp_path / "s" / "export")
+    enhanced_of(files, tmp_path / "s" / "enhanced")
+    (tmp_path / "s" / "enhanced" / "all.dcm").rename(tmp_path / "s" / "export" / "all.dcm")
+    shutil.copytree(tmp_path / "s" / "export", tmp_path / "s" / "export (1)")
+    with caplog.at_level(logging.WARNING):
+        cases = find_images(tmp_path / "s")
+    assert [case["name"] for case in cases] == ["export/all", "export/series-3"]
+    assert [LoadCased("image")(case)["image"].shape for case in cases] == [(1, 24, 20, 6)] * 2
+    [line] = caplog.messages
+    assert line.startswith("dropped 7 DICOM files") and "export (1)" in line
+
+
+def test_a_copy_that_was_edited_is_named_beside_its_original(tmp_path):
+    files = series(tmp_path / "s" / "export")
+    image = dcmread(files[2])
+    image.PatientName = "Other^Secret"
+    (tmp_path / "s" / "edited").mkdir()
+    image.save_as(tmp_path / "s" / "edited" / files[2].name)
+    with pytest.raises(BundleError, match="have one SOPInstanceUID but differ") as caught:
+        keep_readable(find_images(tmp_path), LoadCased("image"))
+    assert str(files[2]) in str(caught.value) and f"edited/{files[2].name}" in str(caught.value)
+    assert "Secret" not in str(caught.value)
 
 
 def drop(index):

@@ -12,6 +12,7 @@ import logging
 import os
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -24,6 +25,7 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from bundle.dicom.decoding import decompress, is_compressed
 from bundle.errors import BundleError
+from bundle.files import file_sha256
 from bundle.limits import INFLATED, MAX_VOXELS, RATIO, check_claim, check_regular, check_size
 
 if TYPE_CHECKING:  # it needs pydicom 3; headers can be read and checked without it
@@ -37,6 +39,7 @@ PRODUCT = "dinov3_spatial_ar"  # ManufacturerModelName of what this bundle write
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _HEADER = [
+    "SOPInstanceUID",
     "SeriesInstanceUID",
     "SeriesNumber",
     "ImageType",
@@ -58,6 +61,8 @@ warnings.filterwarnings("ignore", module=r"(pydicom|highdicom)\b")
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class NoImageError(BundleError):
@@ -130,6 +135,15 @@ class Series(NamedTuple):
     name: str
 
 
+class _Member(NamedTuple):
+    """A file, what it is read together with, the name of that, and the UID of the image in it."""
+
+    file: Path
+    key: Any
+    name: str
+    instance: str = ""
+
+
 class _Plane(NamedTuple):
     """Where a slice or frame lies: mm in DICOM's frame (left, posterior, superior)."""
 
@@ -155,20 +169,39 @@ def group_series(files: Iterable[Path]) -> list[Series]:
     """Split ``files`` into what is to be read together, in order of name.
 
     Slices of one series stay together, in any order of files; localizers that share a series with the slices they plan
-    come apart from them. A multi-frame image, a file that is no image, and one that cannot be read stand alone.
+    come apart from them. A multi-frame image, a file that is no image, and one that cannot be read stand alone. Files
+    with one SOPInstanceUID and the same bytes, as of an export that was copied twice, count once, by the shortest path.
     """
     groups: dict[Any, Series] = {}
-    for file in files:
-        try:
-            header = _dataset_of(file, stop_before_pixels=True, specific_tags=_HEADER)
-            alone = "Rows" not in header or _is_multi_frame(header) or not header.get("SeriesInstanceUID")
-            key: Any = file if alone else (str(header.SeriesInstanceUID), _is_localizer(header))
-            kind = "localizer" if _is_localizer(header) else "series"
-            name = file.name if alone else f"{kind}-{_number(header, 'SeriesNumber', 0)}"
-        except Exception:  # damaged headers raise whatever they like; reading the file tells
-            key, name = file, file.name
-        groups.setdefault(key, Series([], name)).files.append(file)
+    for member in _without_copies([_member(file) for file in files]):
+        groups.setdefault(member.key, Series([], member.name)).files.append(member.file)
     return list(groups.values())
+
+
+def _member(file: Path) -> _Member:
+    try:
+        header = _dataset_of(file, stop_before_pixels=True, specific_tags=_HEADER)
+        alone = "Rows" not in header or _is_multi_frame(header) or not header.get("SeriesInstanceUID")
+        key: Any = file if alone else (str(header.SeriesInstanceUID), _is_localizer(header))
+        kind = "localizer" if _is_localizer(header) else "series"
+        name = file.name if alone else f"{kind}-{_number(header, 'SeriesNumber', 0)}"
+        return _Member(file, key, name, str(header.get("SOPInstanceUID") or ""))
+    except Exception:  # damaged headers raise whatever they like; reading the file tells
+        return _Member(file, file, file.name)
+
+
+def _without_copies(members: list[_Member]) -> list[_Member]:
+    """``members`` but for copies, which are counted in one line."""
+    images = Counter(member.instance for member in members if member.instance)
+    equal: dict[tuple[str, str], list[Path]] = {}
+    for member in members:
+        if images[member.instance] > 1:
+            equal.setdefault((member.instance, file_sha256(member.file)), []).append(member.file)
+    copies = [file for files in equal.values() for file in sorted(files, key=lambda file: (len(str(file)), file))[1:]]
+    if copies:
+        logger.warning(f"dropped {len(copies)} DICOM files that equal others byte by byte, such as '{copies[0]}'")
+    dropped = set(copies)
+    return [member for member in members if member.file not in dropped]
 
 
 def patient_of(file: Path) -> str | None:
@@ -365,6 +398,7 @@ def _stack(datasets: Sequence[Dataset]) -> _Stack:
         BundleError: if not in line at equal distances.
     """
     place = _place(datasets)
+    _check_instances(datasets)
     planes = [plane for dataset in datasets for plane in _reading(dataset, _planes_of)]
     first = planes[0]
     sizes = sorted({(dataset.Rows, dataset.Columns) for dataset in datasets})
@@ -396,6 +430,22 @@ def _stack(datasets: Sequence[Dataset]) -> _Stack:
         axis=1,
     )
     return _Stack(order, affine)
+
+
+def _check_instances(datasets: Sequence[Dataset]) -> None:
+    """Refuse two images of one UID: which of them a result refers to could not be told.
+
+    Raises:
+        BundleError: with both files.
+    """
+    first: dict[str, Dataset] = {}
+    for dataset in datasets:
+        instance = str(dataset.get("SOPInstanceUID") or "")
+        if instance and first.setdefault(instance, dataset) is not dataset:
+            raise BundleError(
+                f"'{first[instance].filename}' and '{dataset.filename}' have one SOPInstanceUID but differ, as an "
+                "image and its edited copy do: remove one of them"
+            )
 
 
 def _in_line(place: Any, planes: Sequence[_Plane]) -> tuple[list[int], float]:
