@@ -13,7 +13,9 @@ import pytest
 from highdicom.legacy import LegacyConvertedEnhancedMRImage
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
-from pydicom.uid import JPEGLSLossless, RLELossless, generate_uid
+from pydicom.filebase import DicomFileLike
+from pydicom.filewriter import write_dataset
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless, generate_uid
 
 from bundle.data import find_images, find_splits, keep_readable
 from bundle.dicom.mr import SeriesIdentity, mr_series, write_series
@@ -217,6 +219,94 @@ def test_what_is_no_regular_volume_is_refused(tmp_path, kind):
     assert "Secret" not in str(caught.value)
 
 
+def two_of_each(images):
+    """Of each slice another one with its own UID."""
+    again = copy.deepcopy(images)
+    for image in again:
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        image.EchoTime = 80
+    return images + again
+
+
+@pytest.mark.parametrize("form", ["classic", "enhanced"])
+def test_echoes_and_time_points_are_counted_and_told_apart(tmp_path, form):
+    files = series(tmp_path / "s", change=two_of_each)
+    if form == "enhanced":
+        frames = dcmread(enhanced_of(files[:6], tmp_path / "e"))
+        later = copy.deepcopy(list(frames.PerFrameFunctionalGroupsSequence))
+        for number, frame in enumerate([*frames.PerFrameFunctionalGroupsSequence, *later]):
+            frame.FrameContentSequence[0].TemporalPositionIndex = number // 6 + 1
+        frames.PerFrameFunctionalGroupsSequence.extend(later)
+        frames.NumberOfFrames, frames.PixelData = 12, frames.PixelData * 2
+        frames.save_as(tmp_path / "e" / "all.dcm")
+        files = [tmp_path / "e" / "all.dcm"]
+    keyword = "EchoTime" if form == "classic" else "TemporalPositionIndex"
+    with pytest.raises(BundleError, match=f"has 2 images at each of 6 positions .* differ in {keyword}"):
+        read_volume(files)
+
+
+def test_two_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    files = series(tmp_path / "s" / "a")
+    image = dcmread(files[2])
+    image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    (tmp_path / "s" / "b").mkdir()
+    image.save_as(tmp_path / "s" / "b" / files[2].name)
+    with pytest.raises(BundleError, match="'a/IM0003.dcm' and 'b/IM0003.dcm' tell of nothing that sets them apart"):
+        keep_readable(find_images(tmp_path), LoadCased("image"))
+
+
+def test_a_cine_is_called_one(tmp_path):
+    [file] = series(tmp_path / "s", volume=volume_of(shape=(24, 20, 1)))
+    image = dcmread(file)
+    del image.ImagePositionPatient
+    image.NumberOfFrames, image.PixelData = 3, image.PixelData * 3
+    image.save_as(file)
+    with pytest.raises(BundleError, match="is a cine, 3 frames without positions: save the frames"):
+        read_volume([file])
+
+
+def bared(file):
+    """Without the preamble, and without what follows it up to the data set."""
+    image = dcmread(file)
+    with open(file, "wb") as stream:
+        write_dataset(DicomIO(stream, image), image)
+
+
+class DicomIO(DicomFileLike):
+    def __init__(self, stream, image):
+        super().__init__(stream)
+        self.is_implicit_VR, self.is_little_endian = image.original_encoding
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian], ids=lambda uid: uid.name)
+def test_a_series_without_preamble_is_read_and_named(tmp_path, caplog, syntax):
+    def encode(images):
+        for image in images:
+            image.file_meta.TransferSyntaxUID = syntax
+
+    files = series(tmp_path / "s", change=encode)
+    expected = read_volume(files)
+    for file in files:
+        bared(file)
+        assert b"DICM" not in file.read_bytes()[:200]
+    with caplog.at_level(logging.WARNING):
+        image = LoadCased("image")({"image": str(tmp_path / "s")})["image"]
+    np.testing.assert_array_equal(image.numpy(), expected.pixels)
+    assert "6 files without DICOM preamble" in caplog.text
+    assert len(read_headers(files)) == 6
+
+
+def test_compressed_pixels_without_a_word_of_how_are_refused(tmp_path):
+    def compress(images):
+        for image in images:
+            image.compress(RLELossless, generate_instance_uid=False)
+
+    file = series(tmp_path / "s", change=compress)[0]
+    bared(file)
+    with pytest.raises(BundleError, match="compressed pixels, but neither preamble nor transfer syntax"):
+        read_volume([file])
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[:700])
 
@@ -242,7 +332,7 @@ def as_report(file):
         (truncate, "cannot read|has no pixels"),
         (as_localizer, "is a localizer"),
         (as_report, r"is no image to examine \(Basic Text SR Storage, modality SR\)"),
-        (lambda file: file.write_text("not DICOM"), "cannot read"),
+        (lambda file: file.write_text("not DICOM"), "is no DICOM file"),
     ],
     ids=["truncated", "localizer", "report", "no DICOM"],
 )

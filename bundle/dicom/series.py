@@ -14,14 +14,23 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pydicom.config
-from pydicom import Dataset, FileDataset, dcmread
+from pydicom import DataElement, Dataset, FileDataset, dcmread
+from pydicom.errors import InvalidDicomError
 from pydicom.filereader import _read_file_meta_info, read_preamble
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
 from bundle.dicom.decoding import decompress, is_compressed
 from bundle.errors import BundleError
@@ -51,6 +60,25 @@ _HEADER = [
 _DERIVED_MODALITIES = ("SEG", "RTDOSE")
 _PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
 _FIRST_OF_PIXELS = 0x7FE00008  # tag
+_FIRST_GROUPS = (b"\x02\0", b"\x08\0", b"\0\x08")  # of a data set without preamble
+# what sets images at one position apart, the most telling first
+_APART = (
+    "EchoTime",
+    "EffectiveEchoTime",
+    "InversionTime",
+    "DiffusionBValue",
+    "TemporalPositionIdentifier",
+    "TemporalPositionIndex",
+    "TriggerTime",
+    "NominalCardiacTriggerDelayTime",
+    "FlipAngle",
+    "ImageType",
+    "FrameType",
+    "AcquisitionNumber",
+    "AcquisitionTime",
+    "FrameAcquisitionDateTime",
+    "ContentTime",
+)
 _STEP = 2**20  # bytes
 _PIXELS: dict[str, Any] = {"dtype": np.float32, "apply_real_world_transform": False}
 
@@ -152,6 +180,7 @@ class _Plane(NamedTuple):
     cosines: np.ndarray  # [2, 3], of increasing column and increasing row
     spacing: np.ndarray  # [2], of columns and of rows
     thickness: float
+    parts: Sequence[Dataset]  # of the header that may tell images at one position apart
 
     @property
     def normal(self) -> np.ndarray:
@@ -215,7 +244,7 @@ def patient_of(file: Path) -> str | None:
 
 def modality_in(file: Path) -> str:
     """The modality in the header of a DICOM file, such as ``CT``; raises what pydicom does if it is damaged."""
-    return _modality(dcmread(file, stop_before_pixels=True, specific_tags=["Modality"]))
+    return _modality(_dataset_of(file, stop_before_pixels=True, specific_tags=["Modality"]))
 
 
 def _modality(header: Dataset) -> str:
@@ -252,13 +281,23 @@ def read_volume(files: Sequence[Path], max_voxels: int = MAX_VOXELS) -> DicomVol
     if not datasets:
         raise BundleError("a DICOM series has no file: give a folder with a series")
     _check_pixels(datasets, max_voxels)
+    if bare := sum(not dataset.preamble for dataset in datasets):
+        logger.warning(f"'{_place(datasets)}' has {bare} files without DICOM preamble, which are read as they are")
     headers = [_header_of(dataset) for dataset in datasets]  # decoding changes datasets
     first = headers[0]
     modality = _modality(first)
     if not _have_positions(headers):
         count = max(len(headers), _frames(first))
+        if _frames(first) > 1:
+            raise BundleError(
+                f"'{_place(headers)}' is a cine, {count} frames without positions: save the frames to examine as "
+                "single images, or skip such files with --on_error skip"
+            )
         if count > 1:
-            raise BundleError(f"'{_place(headers)}' has {count} images without positions: give them one by one")
+            raise BundleError(
+                f"'{_place(headers)}' has {count} images without positions in one series: give the file of one image, "
+                "or skip such files with --on_error skip"
+            )
         columns, rows = _reading(first, _side_of_pixels)
         affine = np.diag([-columns, -rows, 1.0, 1.0])
         pixels = _to_xyz(_without_padding(_frames_of(datasets[0])))
@@ -351,14 +390,48 @@ def _dataset_of(file: Path, **options: Any) -> FileDataset:
     check_regular(file)
     if os.path.getsize(file) * RATIO > INFLATED:
         _check_deflated(file)
-    return dcmread(file, **options)
+    try:
+        return dcmread(file, **options)
+    except InvalidDicomError:
+        return _without_preamble(file, options)
+
+
+def _without_preamble(file: Path, options: dict[str, Any]) -> FileDataset:
+    """A data set that begins at once, as old archives and the network give it; its encoding shows in its elements.
+
+    Raises:
+        BundleError: if it is none, or compressed without a word of how.
+    """
+    with open(file, "rb") as stream:
+        first_group = stream.read(2)
+    if first_group not in _FIRST_GROUPS:
+        raise _no_dicom(file)
+    if tags := options.get("specific_tags"):
+        options = options | {"specific_tags": [*tags, "SOPClassUID"]}
+    dataset = dcmread(file, force=True, **options)
+    if "SOPClassUID" not in dataset:
+        raise _no_dicom(file)
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        if "PixelData" in dataset and dataset["PixelData"].is_undefined_length:
+            raise BundleError(
+                f"'{file}' has compressed pixels, but neither preamble nor transfer syntax: export it anew, or skip "
+                "such files with --on_error skip"
+            )
+        dataset.file_meta["TransferSyntaxUID"] = DataElement("TransferSyntaxUID", "UI", _syntax_of(dataset))
+    return dataset
+
+
+def _syntax_of(dataset: FileDataset) -> UID:
+    """The transfer syntax by which plain elements were read."""
+    implicit, little = dataset.original_encoding
+    return ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
 
 
 def _check_deflated(file: Path) -> None:
     """Inflate a file in steps, if it is deflated, and keep nothing."""
     inflater, inflated = zlib.decompressobj(-zlib.MAX_WBITS), 0
     with open(file, "rb") as stream:
-        read_preamble(stream, False)
+        read_preamble(stream, force=True)
         if _read_file_meta_info(stream).get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
             return
         while rest := inflater.unconsumed_tail or stream.read(_STEP):
@@ -399,7 +472,7 @@ def _stack(datasets: Sequence[Dataset]) -> _Stack:
     """
     place = _place(datasets)
     _check_instances(datasets)
-    planes = [plane for dataset in datasets for plane in _reading(dataset, _planes_of)]
+    planes = [plane for dataset in datasets for plane in _reading(dataset, partial(_planes_of, place=place))]
     first = planes[0]
     sizes = sorted({(dataset.Rows, dataset.Columns) for dataset in datasets})
     if len(sizes) > 1:
@@ -463,10 +536,7 @@ def _in_line(place: Any, planes: Sequence[_Plane]) -> tuple[list[int], float]:
     names = [planes[index].name for index in order]
     if usual <= 0 or gaps.min() < SPACING_TOLERANCE * usual:
         at = int(gaps.argmin())
-        raise BundleError(
-            f"'{place}' has several slices at one position ('{names[at]}' and '{names[at + 1]}'), as echoes, time "
-            "points and copies have: separate them"
-        )
+        raise _stacked_twice(place, heights[order], *(planes[index] for index in order[at : at + 2]))
     if np.abs(gaps - usual).max() > SPACING_TOLERANCE * usual:
         at = int(np.abs(gaps - usual).argmax())
         raise BundleError(
@@ -484,10 +554,33 @@ def _in_line(place: Any, planes: Sequence[_Plane]) -> tuple[list[int], float]:
     return order.tolist(), step
 
 
-def _planes_of(dataset: Dataset) -> list[_Plane]:
-    """The plane of an image, or of each frame of a multi-frame image."""
+def _stacked_twice(place: Any, heights: np.ndarray, one: _Plane, other: _Plane) -> BundleError:
+    """What to say of images at one position: ``one`` and ``other`` of those at sorted ``heights``."""
+    gaps = np.diff(heights)
+    begins = np.flatnonzero(np.r_[True, gaps > SPACING_TOLERANCE * gaps.max()]) if gaps.max() > 0 else np.zeros(1, int)
+    counts = set(np.diff(np.r_[begins, len(heights)]).tolist())
+    if len(counts) == 1:
+        found = f"has {counts.pop()} images at each of {len(begins)} positions"
+    else:
+        found = "has several slices at one position"
+    keyword = next((keyword for keyword in _APART if _told(one, keyword) != _told(other, keyword)), None)
+    differ = f"differ in {keyword}, as echoes and time points do" if keyword else "tell of nothing that sets them apart"
+    return BundleError(
+        f"'{place}' {found} ('{one.name}' and '{other.name}' {differ}): give a folder with one of them for each "
+        "position, or skip such files with --on_error skip"
+    )
+
+
+def _told(plane: _Plane, keyword: str) -> str:
+    with suppress(Exception):  # damaged values raise whatever they like, and tell nothing
+        return " ".join(str(item.get(keyword)) for item in plane.parts if item.get(keyword) is not None)
+    return ""
+
+
+def _planes_of(dataset: Dataset, place: Path) -> list[_Plane]:
+    """The plane of an image, by its path below ``place``, or of each frame of a multi-frame image."""
     if not _is_multi_frame(dataset):
-        return [_plane(Path(str(dataset.filename)).name, dataset, dataset, dataset)]
+        return [_plane(os.path.relpath(str(dataset.filename), place), dataset, dataset, dataset, [dataset])]
     shared = dataset.SharedFunctionalGroupsSequence[0]
 
     def of(frame: Dataset, group: str) -> Dataset:
@@ -499,12 +592,13 @@ def _planes_of(dataset: Dataset) -> list[_Plane]:
             of(frame, "PlanePositionSequence"),
             of(frame, "PlaneOrientationSequence"),
             of(frame, "PixelMeasuresSequence"),
+            [item for group in frame if group.VR == "SQ" for item in group.value],
         )
         for number, frame in enumerate(dataset.PerFrameFunctionalGroupsSequence, start=1)
     ]
 
 
-def _plane(name: str, position: Dataset, orientation: Dataset, measures: Dataset) -> _Plane:
+def _plane(name: str, position: Dataset, orientation: Dataset, measures: Dataset, parts: Sequence[Dataset]) -> _Plane:
     rows, columns = map(float, measures.PixelSpacing)
     thickness = measures.get("SliceThickness") or measures.get("SpacingBetweenSlices") or 1.0
     return _Plane(
@@ -513,6 +607,7 @@ def _plane(name: str, position: Dataset, orientation: Dataset, measures: Dataset
         np.array(orientation.ImageOrientationPatient, dtype=float).reshape(2, 3),
         np.array([columns, rows]),
         abs(float(thickness)),
+        parts,
     )
 
 
@@ -575,6 +670,13 @@ def _unreadable(place: Any, error: Exception) -> BundleError:
     return BundleError(f"cannot read '{place}' ({reason}): replace the file, or skip such files with --on_error skip")
 
 
+def _no_dicom(place: Any) -> BundleError:
+    return BundleError(
+        f"'{place}' is no DICOM file, or its header is damaged: replace the file, or skip such files with --on_error "
+        "skip"
+    )
+
+
 def _without_pixels(place: Any) -> BundleError:
     return BundleError(
         f"'{place}' has no pixels, it may be truncated: replace the file, or skip such files with --on_error skip"
@@ -596,8 +698,8 @@ def _with_headers(headers: list[Dataset]) -> SeriesFiles:
 
 
 def _place(datasets: Sequence[Dataset]) -> Path:
-    first = Path(str(datasets[0].filename))
-    return first if len(datasets) == 1 else first.parent
+    files = [Path(str(dataset.filename)) for dataset in datasets]
+    return files[0] if len(files) == 1 else Path(os.path.commonpath([file.parent for file in files]))
 
 
 def _sides(plane: _Plane) -> str:
