@@ -5,14 +5,18 @@ import json
 import logging
 import pickle
 import random
+import re
 import shutil
 
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 from highdicom.legacy import LegacyConvertedEnhancedMRImage
+from imagecodecs import jpeg8_encode
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
+from pydicom.encaps import encapsulate
 from pydicom.filebase import DicomFileLike
 from pydicom.filewriter import write_dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless, generate_uid
@@ -117,6 +121,38 @@ def test_jpeg_lossless_of_old_scanners_is_read():
     plain = read_volume([get_testdata_file("SC_rgb_rle.dcm")]).pixels
     assert pixels.shape == (3, 100, 100, 1)
     np.testing.assert_array_equal(pixels, plain)
+
+
+def test_jpeg_of_12_bits_is_read_as_itk_reads_it():
+    file = get_testdata_file("JPGExtended.dcm")
+    expected = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(file))
+    pixels = read_volume([file]).pixels
+    assert pixels.max() > 255
+    np.testing.assert_array_equal(pixels[0].T, expected)
+
+
+def without_scan(image):
+    image.PixelData = encapsulate([b"\xff\xd8\xff\xd9"])
+
+
+def smaller_than_its_header_says(image):
+    image.PixelData = encapsulate([jpeg8_encode(np.zeros((8, 8), np.uint16), bitspersample=12)])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(without_scan, "imagecodecs: .+"), (smaller_than_its_header_says, "imagecodecs: the JPEG has 8x8 values.*")],
+)
+def test_what_no_decoder_reads_is_named_with_codec_reasons_and_remedy(tmp_path, change, reason):
+    image = dcmread(get_testdata_file("JPGExtended.dcm"))
+    image.PatientName = "Secret^p1"
+    change(image)
+    image.save_as(tmp_path / "a.dcm")
+    with pytest.raises(BundleError) as caught:
+        read_volume([tmp_path / "a.dcm"])
+    expected = rf"cannot read '.*a.dcm' \(JPEG Extended \(Process 2 and 4\): gdcm: .+; {reason}\): .*dcmdjpeg IN OUT.*"
+    assert re.fullmatch(expected, str(caught.value)), str(caught.value)
+    assert "Secret" not in str(caught.value)
 
 
 def test_rescale_slope_and_intercept_give_hounsfield_units():

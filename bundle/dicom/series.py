@@ -8,6 +8,7 @@ file: see :mod:`bundle.limits` and :mod:`bundle.dicom.decoding`.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import warnings
@@ -32,9 +33,8 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from bundle.dicom.decoding import decompress, is_compressed
+from bundle.dicom.decoding import decompress, is_compressed, remedy
 from bundle.errors import BundleError
-from bundle.files import file_sha256
 from bundle.limits import INFLATED, MAX_VOXELS, RATIO, check_claim, check_regular, check_size
 
 if TYPE_CHECKING:  # it needs pydicom 3; headers can be read and checked without it
@@ -225,12 +225,17 @@ def _without_copies(members: list[_Member]) -> list[_Member]:
     equal: dict[tuple[str, str], list[Path]] = {}
     for member in members:
         if images[member.instance] > 1:
-            equal.setdefault((member.instance, file_sha256(member.file)), []).append(member.file)
+            equal.setdefault((member.instance, _digest(member.file)), []).append(member.file)
     copies = [file for files in equal.values() for file in sorted(files, key=lambda file: (len(str(file)), file))[1:]]
     if copies:
         logger.warning(f"dropped {len(copies)} DICOM files that equal others byte by byte, such as '{copies[0]}'")
     dropped = set(copies)
     return [member for member in members if member.file not in dropped]
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def patient_of(file: Path) -> str | None:
@@ -623,7 +628,7 @@ def _frames_of(dataset: Dataset) -> np.ndarray:
 
     def decode(image: Dataset) -> np.ndarray:
         if is_compressed(image):
-            decompress(image, _claimed(image))
+            _decompress(image)
         if _is_multi_frame(image) or not _have_positions([image]) or not image.get("FrameOfReferenceUID"):
             values = hd.Image.from_dataset(image, copy=False).get_frames(**_PIXELS)
         else:  # the same, and ten times as fast for single frames
@@ -632,6 +637,18 @@ def _frames_of(dataset: Dataset) -> np.ndarray:
         return _padding_marked(np.asarray(values), image)
 
     return _reading(dataset, decode)
+
+
+def _decompress(image: Dataset) -> None:
+    """Raises a :class:`BundleError` with codec, reason and remedy, if the pixels cannot be decoded."""
+    try:
+        decompress(image, _claimed(image))
+    except RuntimeError as error:
+        syntax = UID(image.file_meta.TransferSyntaxUID)
+        raise BundleError(
+            f"cannot read '{image.filename}' ({syntax.name}: {error}): {remedy(syntax)}, replace the file, or skip "
+            "such files with --on_error skip"
+        ) from error
 
 
 def _padding_marked(values: np.ndarray, image: Dataset) -> np.ndarray:
