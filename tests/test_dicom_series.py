@@ -492,6 +492,18 @@ def test_images_of_one_patient_alone_cannot_be_split(tmp_path):
         find_splits(tmp_path)
 
 
+def test_views_of_a_series_of_radiographs_are_images_of_their_own(tmp_path):
+    def two_views(images):
+        for image in images:
+            image.Modality = "DX"
+            del image.ImagePositionPatient, image.ImageOrientationPatient
+
+    series(tmp_path / "s", volume=volume_of(shape=(24, 20, 2)), change=two_views)
+    cases = find_images(tmp_path)
+    assert [case["name"] for case in cases] == ["s/IM0001", "s/IM0002"]
+    assert [LoadCased("image")(case)["image"].shape for case in cases] == [(1, 24, 20, 1)] * 2
+
+
 def enhanced_of(files, folder):
     """The series ``files`` as one multi-frame image."""
     image = LegacyConvertedEnhancedMRImage([dcmread(file) for file in files], generate_uid(), 9, generate_uid(), 1)

@@ -54,8 +54,12 @@ _HEADER = [
     "ImageType",
     "NumberOfFrames",
     "Rows",
+    "Modality",
+    "ImagePositionPatient",
     "SharedFunctionalGroupsSequence",
 ]
+# views of a series of these are no slices
+_RADIOGRAPHS = ("CR", "DX", "MG")
 # objects with pixels that are results or doses, not images of a patient
 _DERIVED_MODALITIES = ("SEG", "RTDOSE")
 _PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
@@ -198,8 +202,9 @@ def group_series(files: Iterable[Path]) -> list[Series]:
     """Split ``files`` into what is to be read together, in order of name.
 
     Slices of one series stay together, in any order of files; localizers that share a series with the slices they plan
-    come apart from them. A multi-frame image, a file that is no image, and one that cannot be read stand alone. Files
-    with one SOPInstanceUID and the same bytes, as of an export that was copied twice, count once, by the shortest path.
+    come apart from them. A radiograph, a multi-frame image, a file that is no image, and one that cannot be read stand
+    alone. Files with one SOPInstanceUID and the same bytes, as of an export that was copied twice, count once, by the
+    shortest path.
     """
     groups: dict[Any, Series] = {}
     for member in _without_copies([_member(file) for file in files]):
@@ -210,7 +215,8 @@ def group_series(files: Iterable[Path]) -> list[Series]:
 def _member(file: Path) -> _Member:
     try:
         header = _dataset_of(file, stop_before_pixels=True, specific_tags=_HEADER)
-        alone = "Rows" not in header or _is_multi_frame(header) or not header.get("SeriesInstanceUID")
+        view = _modality(header) in _RADIOGRAPHS and not header.get("ImagePositionPatient")
+        alone = "Rows" not in header or view or _is_multi_frame(header) or not header.get("SeriesInstanceUID")
         key: Any = file if alone else (str(header.SeriesInstanceUID), _is_localizer(header))
         kind = "localizer" if _is_localizer(header) else "series"
         name = file.name if alone else f"{kind}-{_number(header, 'SeriesNumber', 0)}"
@@ -319,19 +325,18 @@ def read_volume(files: Sequence[Path], max_voxels: int = MAX_VOXELS) -> DicomVol
     return DicomVolume(pixels, LPS_TO_RAS @ affine, modality, _with_headers(headers), instances)
 
 
-def volume_geometry(sources: Sequence[Dataset]) -> hd.VolumeGeometry:
-    """The grid [slices, rows, columns] of ``sources``, headers in the order of :func:`read_headers`.
+def lacks_of_place(sources: Sequence[Dataset]) -> str:
+    """What ``sources`` lack of a place in a patient, in words; empty if nothing."""
+    if not _have_positions(sources):
+        return "position"
+    return "" if sources[0].get("FrameOfReferenceUID") else "FrameOfReferenceUID"
 
-    Raises:
-        BundleError: if they have no position.
-    """
+
+def volume_geometry(sources: Sequence[Dataset]) -> hd.VolumeGeometry:
+    """The grid [slices, rows, columns] of ``sources``, placed headers in the order of :func:`read_headers`."""
     import highdicom as hd
 
     first = sources[0]
-    if not _have_positions(sources) or not first.get("FrameOfReferenceUID"):
-        raise BundleError(
-            f"'{_place(sources)}' has no position in a patient: DICOM results need one, leave write_dicom off for it"
-        )
     order, affine = _stack(sources)
     return hd.VolumeGeometry(
         affine[:, [2, 1, 0, 3]],
@@ -344,7 +349,8 @@ def volume_geometry(sources: Sequence[Dataset]) -> hd.VolumeGeometry:
 def slice_places(sources: Sequence[Dataset]) -> list[tuple[Dataset, int | None]]:
     """Of each slice in order, the image that holds it, and its frame number if that image has frames."""
     if _is_multi_frame(sources[0]):
-        return [(sources[0], index + 1) for index in _stack(sources).order]
+        order = _stack(sources).order if _have_positions(sources) else [0]
+        return [(sources[0], index + 1) for index in order]
     return [(source, None) for source in sources]
 
 
