@@ -6,6 +6,7 @@ import pytest
 from pydicom import DataElement, dcmread
 from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_VR
+from pydicom.uid import DigitalXRayImageStorageForPresentation
 from test_dicom_series import AFFINES, enhanced_of, identity, jittered, series
 
 from bundle.dicom.mr import mr_series, write_series
@@ -218,6 +219,8 @@ def test_each_frame_refers_to_its_source_even_where_positions_are_rounded(tmp_pa
 
 
 HEADERS = {
+    "no name": {"PatientName": None},
+    "an empty name": {"PatientName": ""},
     "nothing known": {
         keyword: None
         for keyword in ("PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate")
@@ -254,7 +257,7 @@ def test_headers_as_hospitals_have_them_get_results(tmp_path, name, capsys, capl
     for file in (*tmp_path.glob("a_*.dcm"), tmp_path / "a_overlay" / "IM0001.dcm"):
         written_object = dcmread(file)
         written_object.decode()
-        assert str(written_object.PatientName) == HEADERS[name].get("PatientName", "Secret^p1")
+        assert str(written_object.PatientName) == (HEADERS[name].get("PatientName", "Secret^p1") or "")
         assert 0 < written_object.SeriesNumber < 2**31
 
 
@@ -271,17 +274,47 @@ def test_a_model_without_threshold_does_not_judge(tmp_path):
     assert not study.get_qualitative_evaluations()
 
 
-def test_images_without_a_position_get_no_objects(tmp_path):
-    def without(images):
-        for image in images:
-            del image.ImagePositionPatient, image.ImageOrientationPatient
+def radiograph(folder, modality="DX"):
+    image = mr_series(np.arange(480, dtype=np.uint16).reshape(24, 20, 1), AFFINES["RAS"], identity())[0]
+    del image.ImagePositionPatient, image.ImageOrientationPatient, image.FrameOfReferenceUID
+    image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
+    image.Modality, image.PatientOrientation = modality, ["L", "F"]
+    return write_series([image], folder)
 
-    images = mr_series(np.zeros((24, 20, 1), np.uint16), AFFINES["RAS"], identity())
-    without(images)
-    files = write_series(images, tmp_path / "in")
-    assert read_volume(files).pixels.shape == (1, 24, 20, 1)
-    with pytest.raises(BundleError, match="has no position in a patient"):
-        write(tmp_path / "a", files)
+
+@pytest.mark.parametrize("modality", ["CR", "DX", "MG"])
+def test_a_radiograph_gets_report_and_overlay_and_a_line_that_says_why_no_more(tmp_path, caplog, modality):
+    files = radiograph(tmp_path / "in", modality)
+    with caplog.at_level("WARNING"):
+        volume, _ = write(tmp_path / "a", files)
+    assert sorted(file.name for file in tmp_path.glob("a_*")) == ["a_overlay", "a_report.dcm"]
+    [line] = caplog.messages
+    assert "has no position, which segmentation and parametric map need" in line
+    [source] = read_headers(files)
+    image = dcmread(tmp_path / "a_overlay" / "IM0001.dcm")
+    np.testing.assert_array_equal(image.pixel_array, pictures_of(volume)[0])
+    assert image.PatientOrientation == ["L", "F"] and image.PixelSpacing == source.PixelSpacing
+    assert "ImagePositionPatient" not in image and "FrameOfReferenceUID" not in image
+    [reference] = image.SourceImageSequence
+    assert reference.ReferencedSOPInstanceUID == source.SOPInstanceUID
+    study, *slices = hd.sr.srread(tmp_path / "a_report.dcm").content.get_image_measurement_groups()
+    assert {m.name.meaning: m.value for m in study.get_measurements()}["Anomaly score"] == 4.5
+    assert [group.source_images[0].referenced_sop_instance_uid for group in slices] == [source.SOPInstanceUID]
+
+
+@pytest.mark.parametrize("form", [classic, enhanced], ids=["series", "multi-frame"])
+def test_a_series_without_frame_of_reference_gets_report_and_overlay(tmp_path, caplog, form):
+    files = form(tmp_path / "in", AFFINES["oblique"])
+    for file in files:
+        image = dcmread(file)
+        del image.FrameOfReferenceUID
+        image.save_as(file)
+    with caplog.at_level("WARNING"):
+        volume, _ = write(tmp_path / "a", files)
+    assert sorted(file.name for file in tmp_path.glob("a_*")) == ["a_overlay", "a_report.dcm"]
+    assert "has no FrameOfReferenceUID" in caplog.text
+    for picture, file in zip(pictures_of(volume), sorted((tmp_path / "a_overlay").iterdir()), strict=True):
+        np.testing.assert_array_equal(dcmread(file).pixel_array, picture)
 
 
 def test_the_report_names_no_slices_where_the_network_saw_those_of_another_plane(tmp_path):

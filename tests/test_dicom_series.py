@@ -5,14 +5,21 @@ import json
 import logging
 import pickle
 import random
+import re
+import shutil
 
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 from highdicom.legacy import LegacyConvertedEnhancedMRImage
+from imagecodecs import jpeg8_encode
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
-from pydicom.uid import JPEGLSLossless, RLELossless, generate_uid
+from pydicom.encaps import encapsulate
+from pydicom.filebase import DicomFileLike
+from pydicom.filewriter import write_dataset
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless, generate_uid
 
 from bundle.data import find_images, find_splits, keep_readable
 from bundle.dicom.mr import SeriesIdentity, mr_series, write_series
@@ -116,6 +123,38 @@ def test_jpeg_lossless_of_old_scanners_is_read():
     np.testing.assert_array_equal(pixels, plain)
 
 
+def test_jpeg_of_12_bits_is_read_as_itk_reads_it():
+    file = get_testdata_file("JPGExtended.dcm")
+    expected = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(file))
+    pixels = read_volume([file]).pixels
+    assert pixels.max() > 255
+    np.testing.assert_array_equal(pixels[0].T, expected)
+
+
+def without_scan(image):
+    image.PixelData = encapsulate([b"\xff\xd8\xff\xd9"])
+
+
+def smaller_than_its_header_says(image):
+    image.PixelData = encapsulate([jpeg8_encode(np.zeros((8, 8), np.uint16), bitspersample=12)])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(without_scan, "imagecodecs: .+"), (smaller_than_its_header_says, "imagecodecs: the JPEG has 8x8 values.*")],
+)
+def test_what_no_decoder_reads_is_named_with_codec_reasons_and_remedy(tmp_path, change, reason):
+    image = dcmread(get_testdata_file("JPGExtended.dcm"))
+    image.PatientName = "Secret^p1"
+    change(image)
+    image.save_as(tmp_path / "a.dcm")
+    with pytest.raises(BundleError) as caught:
+        read_volume([tmp_path / "a.dcm"])
+    expected = rf"cannot read '.*a.dcm' \(JPEG Extended \(Process 2 and 4\): gdcm: .+; {reason}\): .*dcmdjpeg IN OUT.*"
+    assert re.fullmatch(expected, str(caught.value)), str(caught.value)
+    assert "Secret" not in str(caught.value)
+
+
 def test_rescale_slope_and_intercept_give_hounsfield_units():
     data = dcmread(get_testdata_file("CT_small.dcm"))
     volume = read_volume([get_testdata_file("CT_small.dcm")])
@@ -145,6 +184,31 @@ def test_a_series_alone_in_its_folder_has_the_folders_name(tmp_path):
     series(tmp_path / "a" / "axial")
     series(tmp_path / "b")
     assert [case["name"] for case in find_images(tmp_path)] == ["a/axial", "b"]
+
+
+def test_an_export_that_was_copied_twice_is_one_series(tmp_path, caplog):
+    files = series(tmp_path / "s" / "export")
+    enhanced_of(files, tmp_path / "s" / "enhanced")
+    (tmp_path / "s" / "enhanced" / "all.dcm").rename(tmp_path / "s" / "export" / "all.dcm")
+    shutil.copytree(tmp_path / "s" / "export", tmp_path / "s" / "export (1)")
+    with caplog.at_level(logging.WARNING):
+        cases = find_images(tmp_path / "s")
+    assert [case["name"] for case in cases] == ["export/all", "export/series-3"]
+    assert [LoadCased("image")(case)["image"].shape for case in cases] == [(1, 24, 20, 6)] * 2
+    [line] = caplog.messages
+    assert line.startswith("dropped 7 DICOM files") and "export (1)" in line
+
+
+def test_a_copy_that_was_edited_is_named_beside_its_original(tmp_path):
+    files = series(tmp_path / "s" / "export")
+    image = dcmread(files[2])
+    image.PatientName = "Other^Secret"
+    (tmp_path / "s" / "edited").mkdir()
+    image.save_as(tmp_path / "s" / "edited" / files[2].name)
+    with pytest.raises(BundleError, match="have one SOPInstanceUID but differ") as caught:
+        keep_readable(find_images(tmp_path), LoadCased("image"))
+    assert str(files[2]) in str(caught.value) and f"edited/{files[2].name}" in str(caught.value)
+    assert "Secret" not in str(caught.value)
 
 
 def drop(index):
@@ -191,6 +255,94 @@ def test_what_is_no_regular_volume_is_refused(tmp_path, kind):
     assert "Secret" not in str(caught.value)
 
 
+def two_of_each(images):
+    """Of each slice another one with its own UID."""
+    again = copy.deepcopy(images)
+    for image in again:
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        image.EchoTime = 80
+    return images + again
+
+
+@pytest.mark.parametrize("form", ["classic", "enhanced"])
+def test_echoes_and_time_points_are_counted_and_told_apart(tmp_path, form):
+    files = series(tmp_path / "s", change=two_of_each)
+    if form == "enhanced":
+        frames = dcmread(enhanced_of(files[:6], tmp_path / "e"))
+        later = copy.deepcopy(list(frames.PerFrameFunctionalGroupsSequence))
+        for number, frame in enumerate([*frames.PerFrameFunctionalGroupsSequence, *later]):
+            frame.FrameContentSequence[0].TemporalPositionIndex = number // 6 + 1
+        frames.PerFrameFunctionalGroupsSequence.extend(later)
+        frames.NumberOfFrames, frames.PixelData = 12, frames.PixelData * 2
+        frames.save_as(tmp_path / "e" / "all.dcm")
+        files = [tmp_path / "e" / "all.dcm"]
+    keyword = "EchoTime" if form == "classic" else "TemporalPositionIndex"
+    with pytest.raises(BundleError, match=f"has 2 images at each of 6 positions .* differ in {keyword}"):
+        read_volume(files)
+
+
+def test_two_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    files = series(tmp_path / "s" / "a")
+    image = dcmread(files[2])
+    image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    (tmp_path / "s" / "b").mkdir()
+    image.save_as(tmp_path / "s" / "b" / files[2].name)
+    with pytest.raises(BundleError, match="'a/IM0003.dcm' and 'b/IM0003.dcm' tell of nothing that sets them apart"):
+        keep_readable(find_images(tmp_path), LoadCased("image"))
+
+
+def test_a_cine_is_called_one(tmp_path):
+    [file] = series(tmp_path / "s", volume=volume_of(shape=(24, 20, 1)))
+    image = dcmread(file)
+    del image.ImagePositionPatient
+    image.NumberOfFrames, image.PixelData = 3, image.PixelData * 3
+    image.save_as(file)
+    with pytest.raises(BundleError, match="is a cine, 3 frames without positions: save the frames"):
+        read_volume([file])
+
+
+def bared(file):
+    """Without the preamble, and without what follows it up to the data set."""
+    image = dcmread(file)
+    with open(file, "wb") as stream:
+        write_dataset(DicomIO(stream, image), image)
+
+
+class DicomIO(DicomFileLike):
+    def __init__(self, stream, image):
+        super().__init__(stream)
+        self.is_implicit_VR, self.is_little_endian = image.original_encoding
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian], ids=lambda uid: uid.name)
+def test_a_series_without_preamble_is_read_and_named(tmp_path, caplog, syntax):
+    def encode(images):
+        for image in images:
+            image.file_meta.TransferSyntaxUID = syntax
+
+    files = series(tmp_path / "s", change=encode)
+    expected = read_volume(files)
+    for file in files:
+        bared(file)
+        assert b"DICM" not in file.read_bytes()[:200]
+    with caplog.at_level(logging.WARNING):
+        image = LoadCased("image")({"image": str(tmp_path / "s")})["image"]
+    np.testing.assert_array_equal(image.numpy(), expected.pixels)
+    assert "6 files without DICOM preamble" in caplog.text
+    assert len(read_headers(files)) == 6
+
+
+def test_compressed_pixels_without_a_word_of_how_are_refused(tmp_path):
+    def compress(images):
+        for image in images:
+            image.compress(RLELossless, generate_instance_uid=False)
+
+    file = series(tmp_path / "s", change=compress)[0]
+    bared(file)
+    with pytest.raises(BundleError, match="compressed pixels, but neither preamble nor transfer syntax"):
+        read_volume([file])
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[:700])
 
@@ -216,7 +368,7 @@ def as_report(file):
         (truncate, "cannot read|has no pixels"),
         (as_localizer, "is a localizer"),
         (as_report, r"is no image to examine \(Basic Text SR Storage, modality SR\)"),
-        (lambda file: file.write_text("not DICOM"), "cannot read"),
+        (lambda file: file.write_text("not DICOM"), "is no DICOM file"),
     ],
     ids=["truncated", "localizer", "report", "no DICOM"],
 )
@@ -338,6 +490,18 @@ def test_images_of_one_patient_alone_cannot_be_split(tmp_path):
         series(tmp_path / str(scan))
     with pytest.raises(BundleError, match="of one patient"):
         find_splits(tmp_path)
+
+
+def test_views_of_a_series_of_radiographs_are_images_of_their_own(tmp_path):
+    def two_views(images):
+        for image in images:
+            image.Modality = "DX"
+            del image.ImagePositionPatient, image.ImageOrientationPatient
+
+    series(tmp_path / "s", volume=volume_of(shape=(24, 20, 2)), change=two_views)
+    cases = find_images(tmp_path)
+    assert [case["name"] for case in cases] == ["s/IM0001", "s/IM0002"]
+    assert [LoadCased("image")(case)["image"].shape for case in cases] == [(1, 24, 20, 1)] * 2
 
 
 def enhanced_of(files, folder):

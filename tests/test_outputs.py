@@ -20,6 +20,7 @@ from commands import ROOT
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from PIL import Image
+from test_dicom_objects import radiograph
 from test_dicom_series import series
 
 import bundle.dicom.series
@@ -84,6 +85,17 @@ def test_a_dicom_file_is_parsed_once_to_group_it_and_each_time_its_pixels_are_re
     assert (tmp_path / "out" / "p2_report.dcm").is_file()
     assert parsed == dict.fromkeys(names, 3)  # its pixels twice: before work begins, and for the networks
     assert looked_at == dict.fromkeys(names, 1)
+
+
+@pytest.mark.slow
+def test_a_radiograph_among_series_gets_the_dicom_results_that_it_can_have(two_series, tmp_path):
+    folder, _ = two_series
+    radiograph(folder / "chest")
+    infer(folder, tmp_path / "out", write_dicom=True, segment_unlike=True)
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*_*.dcm")}
+    of_series = {f"{name}_{kind}.dcm" for name in ("p1", "p2") for kind in ("seg", "heatmap", "report")}
+    assert written == of_series | {"chest/IM0001_report.dcm"}
+    assert (tmp_path / "out" / "chest" / "IM0001_overlay" / "IM0001.dcm").is_file()
 
 
 @pytest.mark.slow

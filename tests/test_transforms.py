@@ -257,7 +257,7 @@ def bad_files(folder):
         "pixel.png": r"pixel\.png' has slices of 1x1 pixels: at least 16x16",
         "rank4.nii.gz": "has 4 axes of 20x20x4x3",
         "nan.nii.gz": "holds NaN",
-        "text.dcm": "cannot read .*text.dcm",
+        "text.dcm": "text.dcm' is no DICOM file",
         "missing.png": "no file at .*missing.png",
     }
 

@@ -18,12 +18,20 @@ from contextlib import suppress
 from typing import Any
 
 from pydicom import DataElement, Dataset
-from pydicom.uid import UID, ExplicitVRLittleEndian
+from pydicom.uid import (
+    UID,
+    ExplicitVRLittleEndian,
+    JPEGExtended12Bit,
+    JPEGLSTransferSyntaxes,
+    JPEGTransferSyntaxes,
+    RLELossless,
+)
 
 SECONDS = 5.0  # for any image, and
 VALUES_PER_SECOND = 1e6  # of pixels, a tenth of what decoders do
 MEMORY = 2**30  # bytes of addresses for any image, of which the program and its libraries take a fifth, and
 COPIES = 8  # of its pixels
+LONGEST_REASON = 300  # characters
 
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import serve; serve()"
 
@@ -32,6 +40,13 @@ def is_compressed(dataset: Dataset) -> bool:
     """Whether the pixels are kept in fragments of some codec."""
     syntax = dataset.file_meta.get("TransferSyntaxUID")
     return syntax is not None and UID(syntax).is_encapsulated and "PixelData" in dataset
+
+
+def remedy(syntax: UID) -> str:
+    """What a person can do about pixels of transfer syntax ``syntax`` that are not decoded here."""
+    tools = ((JPEGTransferSyntaxes, "dcmdjpeg"), (JPEGLSTransferSyntaxes, "dcmdjpls"), ([RLELossless], "dcmdrle"))
+    tool = next((name for syntaxes, name in tools if syntax in syntaxes), None)
+    return f"decompress it by dcmtk's '{tool} IN OUT'" if tool else "export it uncompressed"
 
 
 def decompress(dataset: Dataset, claimed: int) -> None:
@@ -121,6 +136,9 @@ def serve() -> None:
     """Decode what comes by standard input, until it ends."""
     import resource  # POSIX alone has it; the asking process does without
 
+    from pydicom.pixels import get_decoder
+
+    get_decoder(JPEGExtended12Bit).add_plugin("imagecodecs", (f"{__package__}.jpeg12", "decode_frame"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process decides
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -160,8 +178,14 @@ def _decoded(syntax: str, options: dict[str, Any], data: bytes) -> tuple[dict[st
             if int(about["samples_per_pixel"]) > 1:
                 found["PlanarConfiguration"] = int(about["planar_configuration"])
     except Exception as error:
-        return {"error": (str(error).strip() or type(error).__name__).splitlines()[0]}, []
+        return {"error": _reason(error)}, []
     return found, frames
+
+
+def _reason(error: Exception) -> str:
+    """The text of ``error`` in one line; where plugins failed, what each of them says."""
+    first, *plugins = (str(error).strip() or type(error).__name__).splitlines()
+    return ("; ".join(line.strip() for line in plugins) or first)[:LONGEST_REASON]
 
 
 def _ending(code: int) -> str:

@@ -1,13 +1,15 @@
 """What a detection leaves in an archive: segmentation, parametric map, fused overlay and structured report.
 
 All objects stand in the study of their source images, with its patient and frame of reference, refer to the images they
-were made from, and say which algorithm, version and model made them. Arrays are [slices, rows, columns] in the order of
+were made from, and say which algorithm, version and model made them. Images without a place in a patient, such as
+radiographs, get overlay and report only. Arrays are [slices, rows, columns] in the order of
 :func:`bundle.dicom.series.read_headers`, and so are the ``sources``: the single-frame headers of a series, or the one
 header of a multi-frame image.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -21,9 +23,9 @@ from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import RLELossless
-from pydicom.valuerep import TM
+from pydicom.valuerep import TM, DSfloat
 
-from bundle.dicom.series import PRODUCT, slice_places, volume_geometry
+from bundle.dicom.series import PRODUCT, lacks_of_place, slice_places, volume_geometry
 from bundle.results import OUTLINE, CaseResult, SliceResult, heat
 
 MANUFACTURER = "dinov3_spatial_ar team"
@@ -50,6 +52,7 @@ DEVIATIONS = Code("{SD}", "UCUM", "standard deviations above healthy images")
 _LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 _LARGEST_NUMBER = 2**31 - 1  # of a series
 
+logger = logging.getLogger(__name__)
 
 MASK_FILE, MAP_FILE, REPORT_FILE = "{}_seg.dcm", "{}_heatmap.dcm", "{}_report.dcm"
 OVERLAY_FOLDER, OVERLAY_FILE = "{}_overlay", "IM{:04d}.dcm"
@@ -88,16 +91,20 @@ def write_objects(
         algorithm: what found the result.
         worst_slices: how many slices the report names; none where the network saw those of another plane.
         with_segmentation: whether the mask is written, which calls what it marks a lesion.
-
-    Raises:
-        BundleError: if the images have no position in a patient.
     """
     sources = [_completed(source) for source in sources]
-    mask = segmentation(sources, result.mask.T, algorithm) if with_segmentation else None
-    if mask is not None:
-        mask.save_as(MASK_FILE.format(stem))
-    anomaly_map = result.restored.values.T
-    parametric_map(sources, anomaly_map, result.threshold, algorithm).save_as(MAP_FILE.format(stem))
+    mask = None
+    if lacking := lacks_of_place(sources):
+        logger.warning(
+            f"'{result.path}' has no {lacking}, which segmentation and parametric map need: its DICOM results are "
+            "report and overlay"
+        )
+    else:
+        if with_segmentation:
+            mask = segmentation(sources, result.mask.T, algorithm)
+            mask.save_as(MASK_FILE.format(stem))
+        anomaly_map = result.restored.values.T
+        parametric_map(sources, anomaly_map, result.threshold, algorithm).save_as(MAP_FILE.format(stem))
     worst = result.worst(worst_slices) if result.shows_stored_slices else []
     report(sources, result, worst, mask, algorithm).save_as(REPORT_FILE.format(stem))
     folder = Path(OVERLAY_FOLDER.format(stem))
@@ -195,9 +202,9 @@ def overlay_series(sources: Sequence[Dataset], pictures: np.ndarray, algorithm: 
         algorithm: what made them.
 
     Returns:
-        One image a slice, with position and orientation, so that viewers link and scroll it with its source.
+        One image a slice, with position and orientation if its source has them, so that viewers link and scroll both.
     """
-    geometry = volume_geometry(sources)
+    geometry = None if lacks_of_place(sources) else volume_geometry(sources)
     common = _series(sources, 3, "Anomaly overlay") | {"manufacturer": MANUFACTURER}
     images: list[Dataset] = []
     for index, ((source, frame), picture) in enumerate(zip(slice_places(sources), pictures, strict=True)):
@@ -207,8 +214,7 @@ def overlay_series(sources: Sequence[Dataset], pictures: np.ndarray, algorithm: 
             photometric_interpretation="RGB",
             bits_allocated=8,
             coordinate_system="PATIENT",
-            patient_orientation=_row_and_column_direction(geometry),
-            pixel_spacing=geometry.pixel_spacing,  # type: ignore[arg-type]  # its hint says int
+            patient_orientation=_row_and_column_direction(geometry) if geometry else ("L", "P"),
             transfer_syntax_uid=RLELossless,
             **common | {"sop_instance_uid": hd.UID(), "instance_number": _number_of(source, frame) or index + 1},
         )
@@ -221,14 +227,25 @@ def overlay_series(sources: Sequence[Dataset], pictures: np.ndarray, algorithm: 
         image.DerivationDescription = f"{PRODUCT} {algorithm.version}; {_hashes(algorithm)}"
         image.ImageType = ["DERIVED", "SECONDARY", "OVERLAY"]
         image.SourceImageSequence = [_reference(source, frame)]
-        image.FrameOfReferenceUID = source.FrameOfReferenceUID
-        image.PositionReferenceIndicator = source.get("PositionReferenceIndicator", "")
-        plane = geometry.get_plane_position(index)[0]
-        image.ImagePositionPatient = plane.ImagePositionPatient
-        image.ImageOrientationPatient = geometry.get_plane_orientation()[0].ImageOrientationPatient
-        image.SliceThickness = str(round(geometry.spacing_between_slices, 6))
+        if geometry:
+            _place(image, source, geometry, index)
+        else:
+            image.PatientOrientation = source.get("PatientOrientation")
+            if source.get("PixelSpacing"):
+                image.PixelSpacing = source.PixelSpacing
         images.append(image)
     return images
+
+
+def _place(image: Dataset, source: Dataset, geometry: hd.VolumeGeometry, index: int) -> None:
+    """Put ``image`` at the place of slice ``index``."""
+    image.FrameOfReferenceUID = source.FrameOfReferenceUID
+    image.PositionReferenceIndicator = source.get("PositionReferenceIndicator", "")
+    plane = geometry.get_plane_position(index)[0]
+    image.ImagePositionPatient = plane.ImagePositionPatient
+    image.ImageOrientationPatient = geometry.get_plane_orientation()[0].ImageOrientationPatient
+    image.PixelSpacing = [DSfloat(side, auto_format=True) for side in geometry.pixel_spacing]
+    image.SliceThickness = str(round(geometry.spacing_between_slices, 6))
 
 
 def report(

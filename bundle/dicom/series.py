@@ -8,21 +8,32 @@ file: see :mod:`bundle.limits` and :mod:`bundle.dicom.decoding`.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pydicom.config
-from pydicom import Dataset, FileDataset, dcmread
+from pydicom import DataElement, Dataset, FileDataset, dcmread
+from pydicom.errors import InvalidDicomError
 from pydicom.filereader import _read_file_meta_info, read_preamble
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
-from bundle.dicom.decoding import decompress, is_compressed
+from bundle.dicom.decoding import decompress, is_compressed, remedy
 from bundle.errors import BundleError
 from bundle.limits import INFLATED, MAX_VOXELS, RATIO, check_claim, check_regular, check_size
 
@@ -37,17 +48,41 @@ PRODUCT = "dinov3_spatial_ar"  # ManufacturerModelName of what this bundle write
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _HEADER = [
+    "SOPInstanceUID",
     "SeriesInstanceUID",
     "SeriesNumber",
     "ImageType",
     "NumberOfFrames",
     "Rows",
+    "Modality",
+    "ImagePositionPatient",
     "SharedFunctionalGroupsSequence",
 ]
+# views of a series of these are no slices
+_RADIOGRAPHS = ("CR", "DX", "MG")
 # objects with pixels that are results or doses, not images of a patient
 _DERIVED_MODALITIES = ("SEG", "RTDOSE")
 _PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
 _FIRST_OF_PIXELS = 0x7FE00008  # tag
+_FIRST_GROUPS = (b"\x02\0", b"\x08\0", b"\0\x08")  # of a data set without preamble
+# what sets images at one position apart, the most telling first
+_APART = (
+    "EchoTime",
+    "EffectiveEchoTime",
+    "InversionTime",
+    "DiffusionBValue",
+    "TemporalPositionIdentifier",
+    "TemporalPositionIndex",
+    "TriggerTime",
+    "NominalCardiacTriggerDelayTime",
+    "FlipAngle",
+    "ImageType",
+    "FrameType",
+    "AcquisitionNumber",
+    "AcquisitionTime",
+    "FrameAcquisitionDateTime",
+    "ContentTime",
+)
 _STEP = 2**20  # bytes
 _PIXELS: dict[str, Any] = {"dtype": np.float32, "apply_real_world_transform": False}
 
@@ -58,6 +93,8 @@ warnings.filterwarnings("ignore", module=r"(pydicom|highdicom)\b")
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class NoImageError(BundleError):
@@ -130,6 +167,15 @@ class Series(NamedTuple):
     name: str
 
 
+class _Member(NamedTuple):
+    """A file, what it is read together with, the name of that, and the UID of the image in it."""
+
+    file: Path
+    key: Any
+    name: str
+    instance: str = ""
+
+
 class _Plane(NamedTuple):
     """Where a slice or frame lies: mm in DICOM's frame (left, posterior, superior)."""
 
@@ -138,6 +184,7 @@ class _Plane(NamedTuple):
     cosines: np.ndarray  # [2, 3], of increasing column and increasing row
     spacing: np.ndarray  # [2], of columns and of rows
     thickness: float
+    parts: Sequence[Dataset]  # of the header that may tell images at one position apart
 
     @property
     def normal(self) -> np.ndarray:
@@ -155,20 +202,46 @@ def group_series(files: Iterable[Path]) -> list[Series]:
     """Split ``files`` into what is to be read together, in order of name.
 
     Slices of one series stay together, in any order of files; localizers that share a series with the slices they plan
-    come apart from them. A multi-frame image, a file that is no image, and one that cannot be read stand alone.
+    come apart from them. A radiograph, a multi-frame image, a file that is no image, and one that cannot be read stand
+    alone. Files with one SOPInstanceUID and the same bytes, as of an export that was copied twice, count once, by the
+    shortest path.
     """
     groups: dict[Any, Series] = {}
-    for file in files:
-        try:
-            header = _dataset_of(file, stop_before_pixels=True, specific_tags=_HEADER)
-            alone = "Rows" not in header or _is_multi_frame(header) or not header.get("SeriesInstanceUID")
-            key: Any = file if alone else (str(header.SeriesInstanceUID), _is_localizer(header))
-            kind = "localizer" if _is_localizer(header) else "series"
-            name = file.name if alone else f"{kind}-{_number(header, 'SeriesNumber', 0)}"
-        except Exception:  # damaged headers raise whatever they like; reading the file tells
-            key, name = file, file.name
-        groups.setdefault(key, Series([], name)).files.append(file)
+    for member in _without_copies([_member(file) for file in files]):
+        groups.setdefault(member.key, Series([], member.name)).files.append(member.file)
     return list(groups.values())
+
+
+def _member(file: Path) -> _Member:
+    try:
+        header = _dataset_of(file, stop_before_pixels=True, specific_tags=_HEADER)
+        view = _modality(header) in _RADIOGRAPHS and not header.get("ImagePositionPatient")
+        alone = "Rows" not in header or view or _is_multi_frame(header) or not header.get("SeriesInstanceUID")
+        key: Any = file if alone else (str(header.SeriesInstanceUID), _is_localizer(header))
+        kind = "localizer" if _is_localizer(header) else "series"
+        name = file.name if alone else f"{kind}-{_number(header, 'SeriesNumber', 0)}"
+        return _Member(file, key, name, str(header.get("SOPInstanceUID") or ""))
+    except Exception:  # damaged headers raise whatever they like; reading the file tells
+        return _Member(file, file, file.name)
+
+
+def _without_copies(members: list[_Member]) -> list[_Member]:
+    """``members`` but for copies, which are counted in one line."""
+    images = Counter(member.instance for member in members if member.instance)
+    equal: dict[tuple[str, str], list[Path]] = {}
+    for member in members:
+        if images[member.instance] > 1:
+            equal.setdefault((member.instance, _digest(member.file)), []).append(member.file)
+    copies = [file for files in equal.values() for file in sorted(files, key=lambda file: (len(str(file)), file))[1:]]
+    if copies:
+        logger.warning(f"dropped {len(copies)} DICOM files that equal others byte by byte, such as '{copies[0]}'")
+    dropped = set(copies)
+    return [member for member in members if member.file not in dropped]
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def patient_of(file: Path) -> str | None:
@@ -182,7 +255,7 @@ def patient_of(file: Path) -> str | None:
 
 def modality_in(file: Path) -> str:
     """The modality in the header of a DICOM file, such as ``CT``; raises what pydicom does if it is damaged."""
-    return _modality(dcmread(file, stop_before_pixels=True, specific_tags=["Modality"]))
+    return _modality(_dataset_of(file, stop_before_pixels=True, specific_tags=["Modality"]))
 
 
 def _modality(header: Dataset) -> str:
@@ -219,13 +292,23 @@ def read_volume(files: Sequence[Path], max_voxels: int = MAX_VOXELS) -> DicomVol
     if not datasets:
         raise BundleError("a DICOM series has no file: give a folder with a series")
     _check_pixels(datasets, max_voxels)
+    if bare := sum(not dataset.preamble for dataset in datasets):
+        logger.warning(f"'{_place(datasets)}' has {bare} files without DICOM preamble, which are read as they are")
     headers = [_header_of(dataset) for dataset in datasets]  # decoding changes datasets
     first = headers[0]
     modality = _modality(first)
     if not _have_positions(headers):
         count = max(len(headers), _frames(first))
+        if _frames(first) > 1:
+            raise BundleError(
+                f"'{_place(headers)}' is a cine, {count} frames without positions: save the frames to examine as "
+                "single images, or skip such files with --on_error skip"
+            )
         if count > 1:
-            raise BundleError(f"'{_place(headers)}' has {count} images without positions: give them one by one")
+            raise BundleError(
+                f"'{_place(headers)}' has {count} images without positions in one series: give the file of one image, "
+                "or skip such files with --on_error skip"
+            )
         columns, rows = _reading(first, _side_of_pixels)
         affine = np.diag([-columns, -rows, 1.0, 1.0])
         pixels = _to_xyz(_without_padding(_frames_of(datasets[0])))
@@ -242,19 +325,18 @@ def read_volume(files: Sequence[Path], max_voxels: int = MAX_VOXELS) -> DicomVol
     return DicomVolume(pixels, LPS_TO_RAS @ affine, modality, _with_headers(headers), instances)
 
 
-def volume_geometry(sources: Sequence[Dataset]) -> hd.VolumeGeometry:
-    """The grid [slices, rows, columns] of ``sources``, headers in the order of :func:`read_headers`.
+def lacks_of_place(sources: Sequence[Dataset]) -> str:
+    """What ``sources`` lack of a place in a patient, in words; empty if nothing."""
+    if not _have_positions(sources):
+        return "position"
+    return "" if sources[0].get("FrameOfReferenceUID") else "FrameOfReferenceUID"
 
-    Raises:
-        BundleError: if they have no position.
-    """
+
+def volume_geometry(sources: Sequence[Dataset]) -> hd.VolumeGeometry:
+    """The grid [slices, rows, columns] of ``sources``, placed headers in the order of :func:`read_headers`."""
     import highdicom as hd
 
     first = sources[0]
-    if not _have_positions(sources) or not first.get("FrameOfReferenceUID"):
-        raise BundleError(
-            f"'{_place(sources)}' has no position in a patient: DICOM results need one, leave write_dicom off for it"
-        )
     order, affine = _stack(sources)
     return hd.VolumeGeometry(
         affine[:, [2, 1, 0, 3]],
@@ -267,7 +349,8 @@ def volume_geometry(sources: Sequence[Dataset]) -> hd.VolumeGeometry:
 def slice_places(sources: Sequence[Dataset]) -> list[tuple[Dataset, int | None]]:
     """Of each slice in order, the image that holds it, and its frame number if that image has frames."""
     if _is_multi_frame(sources[0]):
-        return [(sources[0], index + 1) for index in _stack(sources).order]
+        order = _stack(sources).order if _have_positions(sources) else [0]
+        return [(sources[0], index + 1) for index in order]
     return [(source, None) for source in sources]
 
 
@@ -318,14 +401,48 @@ def _dataset_of(file: Path, **options: Any) -> FileDataset:
     check_regular(file)
     if os.path.getsize(file) * RATIO > INFLATED:
         _check_deflated(file)
-    return dcmread(file, **options)
+    try:
+        return dcmread(file, **options)
+    except InvalidDicomError:
+        return _without_preamble(file, options)
+
+
+def _without_preamble(file: Path, options: dict[str, Any]) -> FileDataset:
+    """A data set that begins at once, as old archives and the network give it; its encoding shows in its elements.
+
+    Raises:
+        BundleError: if it is none, or compressed without a word of how.
+    """
+    with open(file, "rb") as stream:
+        first_group = stream.read(2)
+    if first_group not in _FIRST_GROUPS:
+        raise _no_dicom(file)
+    if tags := options.get("specific_tags"):
+        options = options | {"specific_tags": [*tags, "SOPClassUID"]}
+    dataset = dcmread(file, force=True, **options)
+    if "SOPClassUID" not in dataset:
+        raise _no_dicom(file)
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        if "PixelData" in dataset and dataset["PixelData"].is_undefined_length:
+            raise BundleError(
+                f"'{file}' has compressed pixels, but neither preamble nor transfer syntax: export it anew, or skip "
+                "such files with --on_error skip"
+            )
+        dataset.file_meta["TransferSyntaxUID"] = DataElement("TransferSyntaxUID", "UI", _syntax_of(dataset))
+    return dataset
+
+
+def _syntax_of(dataset: FileDataset) -> UID:
+    """The transfer syntax by which plain elements were read."""
+    implicit, little = dataset.original_encoding
+    return ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
 
 
 def _check_deflated(file: Path) -> None:
     """Inflate a file in steps, if it is deflated, and keep nothing."""
     inflater, inflated = zlib.decompressobj(-zlib.MAX_WBITS), 0
     with open(file, "rb") as stream:
-        read_preamble(stream, False)
+        read_preamble(stream, force=True)
         if _read_file_meta_info(stream).get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
             return
         while rest := inflater.unconsumed_tail or stream.read(_STEP):
@@ -365,7 +482,8 @@ def _stack(datasets: Sequence[Dataset]) -> _Stack:
         BundleError: if not in line at equal distances.
     """
     place = _place(datasets)
-    planes = [plane for dataset in datasets for plane in _reading(dataset, _planes_of)]
+    _check_instances(datasets)
+    planes = [plane for dataset in datasets for plane in _reading(dataset, partial(_planes_of, place=place))]
     first = planes[0]
     sizes = sorted({(dataset.Rows, dataset.Columns) for dataset in datasets})
     if len(sizes) > 1:
@@ -398,6 +516,22 @@ def _stack(datasets: Sequence[Dataset]) -> _Stack:
     return _Stack(order, affine)
 
 
+def _check_instances(datasets: Sequence[Dataset]) -> None:
+    """Refuse two images of one UID: which of them a result refers to could not be told.
+
+    Raises:
+        BundleError: with both files.
+    """
+    first: dict[str, Dataset] = {}
+    for dataset in datasets:
+        instance = str(dataset.get("SOPInstanceUID") or "")
+        if instance and first.setdefault(instance, dataset) is not dataset:
+            raise BundleError(
+                f"'{first[instance].filename}' and '{dataset.filename}' have one SOPInstanceUID but differ, as an "
+                "image and its edited copy do: remove one of them"
+            )
+
+
 def _in_line(place: Any, planes: Sequence[_Plane]) -> tuple[list[int], float]:
     """The order of ``planes`` along their normal, and their distance in mm.
 
@@ -413,10 +547,7 @@ def _in_line(place: Any, planes: Sequence[_Plane]) -> tuple[list[int], float]:
     names = [planes[index].name for index in order]
     if usual <= 0 or gaps.min() < SPACING_TOLERANCE * usual:
         at = int(gaps.argmin())
-        raise BundleError(
-            f"'{place}' has several slices at one position ('{names[at]}' and '{names[at + 1]}'), as echoes, time "
-            "points and copies have: separate them"
-        )
+        raise _stacked_twice(place, heights[order], *(planes[index] for index in order[at : at + 2]))
     if np.abs(gaps - usual).max() > SPACING_TOLERANCE * usual:
         at = int(np.abs(gaps - usual).argmax())
         raise BundleError(
@@ -434,10 +565,33 @@ def _in_line(place: Any, planes: Sequence[_Plane]) -> tuple[list[int], float]:
     return order.tolist(), step
 
 
-def _planes_of(dataset: Dataset) -> list[_Plane]:
-    """The plane of an image, or of each frame of a multi-frame image."""
+def _stacked_twice(place: Any, heights: np.ndarray, one: _Plane, other: _Plane) -> BundleError:
+    """What to say of images at one position: ``one`` and ``other`` of those at sorted ``heights``."""
+    gaps = np.diff(heights)
+    begins = np.flatnonzero(np.r_[True, gaps > SPACING_TOLERANCE * gaps.max()]) if gaps.max() > 0 else np.zeros(1, int)
+    counts = set(np.diff(np.r_[begins, len(heights)]).tolist())
+    if len(counts) == 1:
+        found = f"has {counts.pop()} images at each of {len(begins)} positions"
+    else:
+        found = "has several slices at one position"
+    keyword = next((keyword for keyword in _APART if _told(one, keyword) != _told(other, keyword)), None)
+    differ = f"differ in {keyword}, as echoes and time points do" if keyword else "tell of nothing that sets them apart"
+    return BundleError(
+        f"'{place}' {found} ('{one.name}' and '{other.name}' {differ}): give a folder with one of them for each "
+        "position, or skip such files with --on_error skip"
+    )
+
+
+def _told(plane: _Plane, keyword: str) -> str:
+    with suppress(Exception):  # damaged values raise whatever they like, and tell nothing
+        return " ".join(str(item.get(keyword)) for item in plane.parts if item.get(keyword) is not None)
+    return ""
+
+
+def _planes_of(dataset: Dataset, place: Path) -> list[_Plane]:
+    """The plane of an image, by its path below ``place``, or of each frame of a multi-frame image."""
     if not _is_multi_frame(dataset):
-        return [_plane(Path(str(dataset.filename)).name, dataset, dataset, dataset)]
+        return [_plane(os.path.relpath(str(dataset.filename), place), dataset, dataset, dataset, [dataset])]
     shared = dataset.SharedFunctionalGroupsSequence[0]
 
     def of(frame: Dataset, group: str) -> Dataset:
@@ -449,12 +603,13 @@ def _planes_of(dataset: Dataset) -> list[_Plane]:
             of(frame, "PlanePositionSequence"),
             of(frame, "PlaneOrientationSequence"),
             of(frame, "PixelMeasuresSequence"),
+            [item for group in frame if group.VR == "SQ" for item in group.value],
         )
         for number, frame in enumerate(dataset.PerFrameFunctionalGroupsSequence, start=1)
     ]
 
 
-def _plane(name: str, position: Dataset, orientation: Dataset, measures: Dataset) -> _Plane:
+def _plane(name: str, position: Dataset, orientation: Dataset, measures: Dataset, parts: Sequence[Dataset]) -> _Plane:
     rows, columns = map(float, measures.PixelSpacing)
     thickness = measures.get("SliceThickness") or measures.get("SpacingBetweenSlices") or 1.0
     return _Plane(
@@ -463,6 +618,7 @@ def _plane(name: str, position: Dataset, orientation: Dataset, measures: Dataset
         np.array(orientation.ImageOrientationPatient, dtype=float).reshape(2, 3),
         np.array([columns, rows]),
         abs(float(thickness)),
+        parts,
     )
 
 
@@ -478,7 +634,7 @@ def _frames_of(dataset: Dataset) -> np.ndarray:
 
     def decode(image: Dataset) -> np.ndarray:
         if is_compressed(image):
-            decompress(image, _claimed(image))
+            _decompress(image)
         if _is_multi_frame(image) or not _have_positions([image]) or not image.get("FrameOfReferenceUID"):
             values = hd.Image.from_dataset(image, copy=False).get_frames(**_PIXELS)
         else:  # the same, and ten times as fast for single frames
@@ -487,6 +643,18 @@ def _frames_of(dataset: Dataset) -> np.ndarray:
         return _padding_marked(np.asarray(values), image)
 
     return _reading(dataset, decode)
+
+
+def _decompress(image: Dataset) -> None:
+    """Raises a :class:`BundleError` with codec, reason and remedy, if the pixels cannot be decoded."""
+    try:
+        decompress(image, _claimed(image))
+    except RuntimeError as error:
+        syntax = UID(image.file_meta.TransferSyntaxUID)
+        raise BundleError(
+            f"cannot read '{image.filename}' ({syntax.name}: {error}): {remedy(syntax)}, replace the file, or skip "
+            "such files with --on_error skip"
+        ) from error
 
 
 def _padding_marked(values: np.ndarray, image: Dataset) -> np.ndarray:
@@ -525,6 +693,13 @@ def _unreadable(place: Any, error: Exception) -> BundleError:
     return BundleError(f"cannot read '{place}' ({reason}): replace the file, or skip such files with --on_error skip")
 
 
+def _no_dicom(place: Any) -> BundleError:
+    return BundleError(
+        f"'{place}' is no DICOM file, or its header is damaged: replace the file, or skip such files with --on_error "
+        "skip"
+    )
+
+
 def _without_pixels(place: Any) -> BundleError:
     return BundleError(
         f"'{place}' has no pixels, it may be truncated: replace the file, or skip such files with --on_error skip"
@@ -546,8 +721,8 @@ def _with_headers(headers: list[Dataset]) -> SeriesFiles:
 
 
 def _place(datasets: Sequence[Dataset]) -> Path:
-    first = Path(str(datasets[0].filename))
-    return first if len(datasets) == 1 else first.parent
+    files = [Path(str(dataset.filename)) for dataset in datasets]
+    return files[0] if len(files) == 1 else Path(os.path.commonpath([file.parent for file in files]))
 
 
 def _sides(plane: _Plane) -> str:

@@ -22,7 +22,7 @@ from PIL import Image, ImageFile, ImageMode
 from PIL.JpegImagePlugin import JpegImageFile
 from pydicom.misc import is_dicom
 
-from bundle.dicom.series import SeriesFiles, group_series, modality_in, read_volume, volume_geometry
+from bundle.dicom.series import SeriesFiles, group_series, modality_in, read_volume
 from bundle.dicom.words import header_words, name_words
 from bundle.errors import BundleError
 from bundle.files import DICOM_SUFFIXES, FLAT_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, Source, files_of
@@ -70,7 +70,7 @@ def check_channel(channel: int | None) -> None:
 
 
 class RequireDicomd(MapTransform):
-    """Refuse what no DICOM result could refer to: loaded ``keys`` must come from DICOM, with a place in a patient.
+    """Refuse what no DICOM result could refer to: loaded ``keys`` must come from DICOM.
 
     Raises:
         BundleError: for anything else.
@@ -83,7 +83,6 @@ class RequireDicomd(MapTransform):
             if "files" not in meta:
                 place = meta["filename_or_obj"]
                 raise BundleError(f"write_dicom needs DICOM images, but '{place}' is none: leave it off, or give DICOM")
-            volume_geometry(meta["files"].headers())
         return dict(data)
 
 

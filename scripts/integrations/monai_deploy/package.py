@@ -33,6 +33,7 @@ MODULES = (
     "results.py",
     "dicom/__init__.py",
     "dicom/decoding.py",
+    "dicom/jpeg12.py",
     "dicom/series.py",
     "dicom/words.py",
     "dicom/objects.py",
