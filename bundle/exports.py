@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import json
 import logging
 import os
@@ -140,9 +141,15 @@ def export_torchscript(
     if isinstance(detector, AnomalyDetector):
         embedded[_PASSPORT] = json.dumps(_passport(detector)).encode()
     values = ConfigParser.load_config_file(metadata) if metadata else None
-    with _quiet(), Path(path).open("wb") as stream:  # torch ends the process if it cannot write to a file of its own
+    written = io.BytesIO()  # torch ends the process if it cannot write to a file of its own
+    with _quiet():
         scripted = torch.jit.script(copy.deepcopy(detector).float().cpu().eval())
-        save_net_with_metadata(scripted, stream, False, False, values, embedded)
+        save_net_with_metadata(scripted, written, False, False, values, embedded)
+    # what torch writes into memory has a root of another name than the file, where MONAI Deploy finds no config
+    with zipfile.ZipFile(written) as archive, zipfile.ZipFile(path, "w") as renamed:
+        for entry in archive.infolist():
+            name = entry.filename.split("/", 1)[1]
+            renamed.writestr(zipfile.ZipInfo(f"{Path(path).stem}/{name}"), archive.read(entry))
 
 
 def export_onnx(detector: AnomalyDetector, path: str | os.PathLike) -> None:

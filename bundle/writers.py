@@ -132,7 +132,7 @@ class NiftiWriter(Writer):
         return not is_flat(result.path)
 
     def write(self, stem: Path, result: CaseResult, image: MetaTensor) -> None:
-        """Write all three, with the geometry that the header of a NIfTI image tells."""
+        """Write all three, with the geometry that the header of a NIfTI image tells, or in scanner coordinates."""
         anomaly_map = result.restored.values
         original = _original(result.path, anomaly_map.shape)
         gray_levels = np.round(255 * heat(anomaly_map, result.threshold))
@@ -146,6 +146,8 @@ class NiftiWriter(Writer):
             written.header.set_xyzt_units("mm")
             if original is not None and isinstance(original.header, nib.Nifti1Header):
                 _take_geometry(written.header, original.header)
+            elif image.meta["slice_axis"] is not None:
+                _place_in_scanner(written)
             written.header["descrip"] = self.settings.model[:79]
             nib.save(written, f"{stem}_{name}.nii.gz")
 
@@ -231,3 +233,9 @@ def _take_geometry(header: nib.Nifti1Header, original: nib.Nifti1Header) -> None
     for field in (*_FORM_FIELDS, "xyzt_units"):
         header[field] = original[field]
     header["pixdim"][:4] = original["pixdim"][:4]
+
+
+def _place_in_scanner(image: nib.Nifti1Image) -> None:
+    """Say that the affine leads to the coordinates of the scanner, as DICOM has them, in both transforms."""
+    image.set_sform(image.affine, code="scanner")
+    image.set_qform(image.affine, code="scanner")

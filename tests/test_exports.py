@@ -181,6 +181,13 @@ def test_torchscript_holds_the_configs_as_of_ckpt_export(lite):
     assert "network_data_format" in json.loads(extra["metadata.json"])
 
 
+def test_all_in_torchscript_lies_under_the_name_of_its_file_where_monai_deploy_looks(lite):
+    with zipfile.ZipFile(lite[1] / "model.ts") as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names} == {"model"}
+    assert "model/extra/inference.json" in names
+
+
 @pytest.mark.parametrize("file", ["model.onnx", "model.xml"])
 def test_no_path_of_this_machine_travels(lite, file):
     assert b"site-packages" not in (lite[1] / file).read_bytes()
@@ -271,7 +278,7 @@ def hostile_program(folder, passport):
 
 def passport_of(file):
     with zipfile.ZipFile(file) as archive:
-        return archive.read("archive/extra/passport.json").decode()
+        return archive.read("model/extra/passport.json").decode()
 
 
 def test_a_program_is_not_loaded_without_consent(lite, tmp_path):

@@ -147,6 +147,17 @@ def test_a_dicom_series_has_the_map_of_its_nifti_volume(objects, cohort, inferre
     np.testing.assert_allclose(found.get_fdata(), expected.get_fdata(), atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["map", "mask", "heatmap"])
+def test_nifti_results_of_a_dicom_series_are_in_the_coordinates_of_the_scanner(objects, kind):
+    folder, _ = objects
+    for file in (folder / "out").glob(f"*_{kind}.nii.gz"):
+        image = nib.load(file)
+        (qform, qform_code), (sform, sform_code) = image.get_qform(coded=True), image.get_sform(coded=True)
+        assert (qform_code, sform_code) == (1, 1)
+        np.testing.assert_allclose(qform, sform, atol=1e-4)
+        np.testing.assert_allclose(image.affine, sform)
+
+
 def test_dicom_objects_hold_the_voxels_of_the_nifti_files(objects):
     folder, _ = objects
     threshold = float(next(csv.DictReader((folder / "out/scores.csv").open()))["threshold"])

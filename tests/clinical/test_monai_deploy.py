@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import zipfile
@@ -37,7 +38,9 @@ from scripts.integrations.environments import default_base, environment
 from scripts.integrations.monai_deploy.package import APPLICATION, CONFIGS, make_application
 from scripts.integrations.monai_deploy.recipe import embedded_configs
 from scripts.integrations.monai_deploy.study import StudyDetector
+from scripts.integrations.orthanc import HOST
 
+ROOT = Path(__file__).parents[2]
 SUBJECT = "sub-0009"
 # a name that highdicom warns of, since it has one part
 PATIENT_ID, NAME, DESCRIPTION = "SECRET-1", "SecretPerson", "UNCOMMON description"
@@ -272,6 +275,16 @@ def selecting(path, **conditions):
 
 def test_the_application_finds_what_the_bundle_finds(examined):
     assert_same(examined)
+
+
+def test_the_command_of_the_docs_sends_all_results_to_an_archive(examined, empty_orthanc):
+    (line,) = re.findall(r"^storescu .*", (ROOT / "docs" / "monai_deploy.md").read_text(), re.MULTILINE)
+    meant = {"HOST": HOST, "PORT": str(empty_orthanc.dicom_port), "FOUND": str(examined.objects)}
+    subprocess.run([meant.get(word, word) for word in line.split()], check=True)
+    written = {str(dcmread(file).SOPInstanceUID) for file in examined.objects.rglob("*.dcm")}
+    stored = DICOMwebClient(empty_orthanc.dicomweb_url).search_for_instances()
+    assert {one["00080018"]["Value"][0] for one in stored} == written
+    assert len(written) == 3 + len(list((examined.objects / "anomaly_overlay").iterdir()))
 
 
 def test_the_report_names_the_worst_slices(examined):

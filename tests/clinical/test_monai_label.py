@@ -24,11 +24,12 @@ import torch
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from PIL import Image
 from pydicom import dcmread
+from pydicom.uid import CTImageStorage
 
 from bundle.checkpoint import read_checkpoint, trained_settings
 from bundle.errors import BundleError
 from bundle.networks.detector import encode_identity
-from scripts.integrations.monai_label.__main__ import assemble, check_intensity, check_studies
+from scripts.integrations.monai_label.__main__ import assemble, check_studies
 
 ROOT = Path(__file__).parents[2]
 MODEL = "dinov3_spatial_ar"
@@ -421,6 +422,42 @@ def test_what_headers_of_a_series_tell_is_compared_in_the_words_of_the_bundle(
         assert dcmread(io.BytesIO(server.infer(series, "dicom_seg", data=params).content)).Modality == "SEG"
 
 
+def test_a_ct_series_of_a_dicomweb_server_is_windowed_as_the_bundle_does(
+    empty_orthanc, cohort_dicom, model_knobs, run_bundle, tmp_path
+):
+    state = read_checkpoint(model_knobs["checkpoint"])
+    telling = tmp_path / "model.pt"  # which kind an image is, its header tells
+    torch.save({**state.state, "identity": encode_identity(state.identity | {"intensity": "auto"})}, telling)
+    series = {}
+    for subject in ("sub-0009", "sub-0010"):
+        folder = tmp_path / subject
+        folder.mkdir()
+        for file in sorted((cohort_dicom / "test" / subject).glob("*.dcm")):
+            image = dcmread(file)
+            image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = CTImageStorage
+            image.Modality = "CT"
+            image.RescaleIntercept, image.RescaleSlope, image.RescaleType = -500, 1, "HU"
+            image.save_as(folder / file.name)
+        empty_orthanc.store(folder)
+        series[folder] = str(image.SeriesInstanceUID)
+    lesioned = tmp_path / "sub-0009"
+    knobs = {**model_knobs, "checkpoint": telling, "batch_size": BATCH, "tracking_uri": "off"}
+    run_bundle("inferring", "configs/inference.json", dataset_dir=lesioned, output_dir=tmp_path / "own", **knobs)
+    with (tmp_path / "own" / "scores.csv").open() as stream:
+        own = next(csv.DictReader(stream))["unlike"]
+    assert "intensities read as ct_soft_tissue" in own
+    with serving(
+        empty_orthanc.dicomweb_url, tmp_path / "log", {**model_knobs, "checkpoint": telling}, "--modality", "CT"
+    ) as server:
+        _assert_own(server.mask(series[lesioned]), tmp_path / "own")
+        assert server.infer(series[lesioned], "json").json()["unlike"] == own
+        for name in series.values():
+            server.save_label(name, _label(server.mask(name)))
+        task = server.train(max_epochs=1)
+    assert task["status"] == "ERROR"
+    assert task["details"][-1].startswith("error: the model was trained with intensity auto, but MONAI Label hands")
+
+
 def test_series_of_a_dicomweb_server_train_a_new_model(empty_orthanc, cohort_dicom, model_knobs, run_bundle, tmp_path):
     folders = [cohort_dicom / "train" / f"sub-000{number}" for number in (1, 2, 3)]
     lesioned = cohort_dicom / "test" / "sub-0009"
@@ -521,13 +558,6 @@ def test_wrong_studies_are_said_in_one_line(tmp_path):
     ):
         with pytest.raises(BundleError, match=line):
             check_studies(str(studies), modality)
-
-
-def test_a_model_that_tells_ct_by_the_header_is_refused_for_ct_of_a_server():
-    with pytest.raises(BundleError, match="ct_soft_tissue"):
-        check_intensity({"intensity": "auto"}, "http://127.0.0.1:1/dicom-web", "CT")
-    check_intensity({"intensity": "ct_lung"}, "http://127.0.0.1:1/dicom-web", "CT")
-    check_intensity({"intensity": "auto"}, "http://127.0.0.1:1/dicom-web", "MR")
 
 
 def test_the_bundle_that_is_served_trains_with_the_settings_of_its_model(model_knobs, tmp_path):

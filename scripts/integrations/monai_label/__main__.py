@@ -146,19 +146,6 @@ def check_studies(studies: str, modality: str) -> str:
     return url
 
 
-def check_intensity(settings: Mapping[str, Any], studies: str, modality: str) -> None:
-    """Refuse a model that would misread what MONAI Label hands on: series of a server as NIfTI, without a modality.
-
-    Raises:
-        BundleError: if they are CT, and the model tells CT by the header.
-    """
-    if modality == "CT" and settings["intensity"] == "auto" and studies.startswith(("http://", "https://")):
-        raise BundleError(
-            "the model was trained with intensity auto, but MONAI Label hands series on as NIfTI, which does not say "
-            "that they are CT: train with a window, --intensity ct_soft_tissue"
-        )
-
-
 def server_environment(
     apps: Path, python: Path, studies: str, port: int, modality: str, origins: Sequence[str]
 ) -> dict[str, str]:
@@ -233,7 +220,6 @@ def serve(options: argparse.Namespace, given: Mapping[str, str]) -> int:
             apps = options.apps.absolute()
             apps.mkdir(parents=True, exist_ok=True)
         copy = assemble(apps, options.checkpoint, given, options.verbose)
-        check_intensity(trained_settings(copy / "models" / "model.pt"), studies, options.modality)
         python = environment(HERE / "requirements.txt", options.environments, "monai_label")
         # as MONAI Label's own start does, which lists all settings before it can be told to be quiet
         command = [str(python), "-m", "uvicorn", f"{SERVER}:app", "--host", HOST, "--port", str(port)]

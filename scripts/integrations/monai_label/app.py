@@ -122,12 +122,20 @@ class AnomalyInfer(BundleInferTask):
         super().__init__(path, conf, add_post_restore=False, **options)
         self.network = self.bundle_config.get_parsed_content("network")  # in the precision that inference runs in
 
+    def pre_transforms(self, data: Any = None) -> Sequence[Callable]:
+        """Those of the bundle; the modality of a series is known before its intensities are read."""
+        load, *more = super().pre_transforms(data)
+        return [load, self._tell, *more]
+
+    def _tell(self, data: dict[str, Any]) -> dict[str, Any]:
+        data["image"].meta.update(data["told"])
+        return data
+
     def post_transforms(self, data: Any = None) -> Sequence[Callable]:
         """Those of the bundle, which bring the map to the axes of the file, and the threshold."""
         return [*super().post_transforms(data), self._cut]
 
     def _cut(self, data: dict[str, Any]) -> dict[str, Any]:
-        data["image"].meta.update(data["told"])
         result = CaseResult.from_output(data, self._get_network(data["device"], data))
         if result.unlike:
             logger.warning(result.doubt("the image"))
@@ -197,6 +205,13 @@ class HealthyTrain(BundleTrainTask):
             raise BundleError(
                 f"{len(healthy)} of {len(labeled)} labeled images have an empty label: save one for each of at least 2 "
                 "healthy images, one to train and one to calibrate"
+            )
+        if self.bundle_config["model"]["intensity"] == "auto" and any(
+            _header(image, datastore).get("Modality") == "CT" for image in healthy
+        ):
+            raise BundleError(
+                "the model was trained with intensity auto, but MONAI Label hands series to a training without their "
+                "modality, CT: train on the command line, with a window such as --intensity ct_soft_tissue"
             )
         return [{"image": image, **_patient(image, datastore)} for image in healthy]
 
@@ -298,9 +313,14 @@ def is_empty(path: str) -> bool:
         raise BundleError(f"cannot read label '{path}': save it anew") from error
 
 
+def _header(image: str, datastore: Datastore) -> dict[str, Any]:
+    """What the datastore knows of an image from a DICOM header."""
+    image_id = os.path.basename(image).removesuffix(".gz").removesuffix(".nii")
+    return dict(datastore.get_image_info(image_id))
+
+
 def _patient(image: str, datastore: Datastore) -> dict[str, str]:
     """A word for whose image it is, and of nothing else, where the datastore knows it from a DICOM header."""
-    image_id = os.path.basename(image).removesuffix(".gz").removesuffix(".nii")
-    patient = str(datastore.get_image_info(image_id).get("PatientID", ""))
+    patient = str(_header(image, datastore).get("PatientID", ""))
     known = patient not in ("", "None", "UNK")  # the last one is MONAI Label's word for none
     return {"patient": hashlib.sha256(patient.encode()).hexdigest()} if known else {}
