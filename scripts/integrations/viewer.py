@@ -24,7 +24,7 @@ from threading import Thread
 from typing import Any, TypeVar
 
 import requests
-from aiohttp import ClientSession, ClientTimeout, web
+from aiohttp import BasicAuth, ClientError, ClientSession, ClientTimeout, web
 from filelock import FileLock
 from pydicom.misc import is_dicom
 from tqdm import tqdm
@@ -33,7 +33,7 @@ from bundle import NAME
 from bundle.errors import BundleError
 from bundle.files import partial_prefix
 from bundle.manifest import FILE, Manifest
-from scripts.integrations.dicomweb import connect
+from scripts.integrations.dicomweb import TIMEOUT, connect
 from scripts.integrations.environments import cache_folder
 from scripts.integrations.orthanc import HOST, Orthanc, free_ports, running
 
@@ -49,7 +49,8 @@ PORT = 3000
 DICOMWEB = "/dicom-web"
 # without these two a browser gives no shared memory to the page, which OHIF decodes into
 HEADERS = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
-PASSED_ON = ("Accept", "Content-Type", "Content-Encoding", "ETag", "Last-Modified")
+ASKED = ("Accept", "Accept-Encoding")  # headers that the archive gets, and
+ANSWERED = ("Content-Type", "Content-Encoding")  # those that come back
 START_SECONDS = 30.0
 T = TypeVar("T")
 SESSION = web.AppKey("session", ClientSession)
@@ -142,15 +143,27 @@ def settings() -> str:
     )
 
 
-def application(viewer: Path, archive: str) -> web.Application:
-    """A server of the files in ``viewer``, and of what the DICOMweb server at ``archive`` says; it only reads."""
+def application(viewer: Path, archive: str, auth: BasicAuth | None = None) -> web.Application:
+    """A server of the files in ``viewer``, and of what a DICOMweb server says; it only reads.
+
+    Args:
+        viewer: of :func:`ohif`.
+        archive: address of the DICOMweb server.
+        auth: name and password for it.
+    """
 
     async def read_archive(request: web.Request) -> web.StreamResponse:
-        url = f"{archive}/{request.match_info['rest']}"
-        kept = {name: request.headers[name] for name in PASSED_ON if name in request.headers}
-        async with request.app[SESSION].get(url, params=request.query, headers=kept) as answer:
-            known = {name: answer.headers[name] for name in PASSED_ON if name in answer.headers}
-            response = web.StreamResponse(status=answer.status, headers=known | HEADERS)
+        rest = request.match_info["rest"]
+        if ".." in rest.split("/"):  # which would lead out of what the archive offers by DICOMweb
+            raise web.HTTPNotFound(text="no such path")
+        asked = {name: request.headers[name] for name in ASKED if name in request.headers}
+        try:
+            answer = await request.app[SESSION].get(f"{archive}/{rest}", params=request.query, headers=asked)
+        except ClientError as error:
+            raise web.HTTPBadGateway(text=f"no answer of the archive ({type(error).__name__})") from error
+        async with answer:
+            answered = {name: answer.headers[name] for name in ANSWERED if name in answer.headers}
+            response = web.StreamResponse(status=answer.status, headers=answered | HEADERS)
             await response.prepare(request)
             async for part in answer.content.iter_any():
                 await response.write(part)
@@ -173,7 +186,8 @@ def application(viewer: Path, archive: str) -> web.Application:
         return await handler(request)
 
     async def session(app: web.Application) -> Any:
-        async with ClientSession(auto_decompress=False, timeout=ClientTimeout(total=300)) as opened:
+        options: dict[str, Any] = {"auto_decompress": False, "skip_auto_headers": ["Accept-Encoding"]}
+        async with ClientSession(auth=auth, timeout=ClientTimeout(total=TIMEOUT), **options) as opened:
             app[SESSION] = opened
             yield
 
@@ -257,18 +271,20 @@ def viewing(
         raise BundleError("nothing to show, or two things: give a FOLDER, or --url")
     with ExitStack() as stack:
         viewer = ohif(cache_folder(), package)
+        auth = None
         if url:
             archive = connect(url, allow_remote).base_url
+            if known := requests.utils.get_netrc_auth(url):
+                auth = BasicAuth(*known)
         else:
             files = dicom_files(folders)
             if not files:
-                raise BundleError(
-                    f"no DICOM file in {', '.join(map(repr, map(str, folders)))}: infer with --write_dicom true"
-                )
+                named = ", ".join(f"'{folder}'" for folder in folders)
+                raise BundleError(f"no DICOM file in {named}: infer with --write_dicom true")
             server = stack.enter_context(running())
             store(server, files)
             archive = server.dicomweb_url
-        yield stack.enter_context(serving(application(viewer, archive), **free_ports(port=port)))
+        yield stack.enter_context(serving(application(viewer, archive, auth), **free_ports(port=port)))
 
 
 def main() -> None:

@@ -256,6 +256,19 @@ def test_only_this_machine_is_answered_and_nothing_is_written(address):
             urllib.request.urlopen(urllib.request.Request(f"{address}/dicom-web/studies", method=method, data=b""))
     with urllib.request.urlopen(f"{address}/../../etc/passwd") as answer:
         assert b"root:" not in answer.read()
+    with pytest.raises(urllib.error.HTTPError, match="404"):  # Orthanc's own interface
+        urllib.request.urlopen(f"{address}/dicom-web/..%2finstances")
+
+
+def test_an_archive_is_shown_by_its_address_and_one_that_is_silent_is_said(orthanc):
+    with viewing(url=orthanc.dicomweb_url, port=0) as url:
+        with urllib.request.urlopen(f"{url}/dicom-web/studies") as answer:
+            assert isinstance(json.load(answer), list)
+    with viewing(url="http://127.0.0.1:9/dicom-web", port=0) as url:
+        with pytest.raises(urllib.error.HTTPError, match="502"):
+            urllib.request.urlopen(f"{url}/dicom-web/studies")
+    with pytest.raises(BundleError, match="is on another machine"), viewing(url="http://archive.example/dicom-web"):
+        pass
 
 
 def test_a_folder_of_results_brings_its_inputs(results):
