@@ -291,7 +291,7 @@ def test_the_report_names_the_worst_slices(examined):
     with (examined.own / "slice_scores.csv").open() as stream:
         rows = sorted(csv.DictReader(stream), key=lambda row: int(row["rank"]))[:3]
     worst = measured(examined, "slice-anomaly-score")
-    assert worst == pytest.approx([float(row["score"]) for row in rows], abs=1e-4)
+    assert worst == pytest.approx([float(row["score"]) for row in rows], abs=0.006)  # two decimals
     report = dcmread(examined.objects / "anomaly_report.dcm")
     instances = {dcmread(file).SOPInstanceUID: file.name for file in (examined.study / "a" / "series").iterdir()}
     named = [
