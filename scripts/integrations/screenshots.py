@@ -28,6 +28,7 @@ SOFTWARE_GL = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swi
 CANVAS = "canvas.cornerstone-canvas"
 THUMBNAIL = "[data-cy^=study-browser-thumbnail]"
 WINDOW_OF_MAPS = r"/W:\s*100/.test(document.body.innerText)"  # OHIF has one for all maps
+NOTICE_OF_MAPS = "multiplied by 100"
 WIDTH, HEIGHT = 1000, 800
 PAGE_SECONDS = 60
 DRAWN_SECONDS = 3
@@ -77,6 +78,8 @@ def open_object(page: Page, address: str, study: str, description: str) -> None:
         page.get_by_text("Yes", exact=True).click()  # that it shall be drawn
     if description == OBJECTS["map"]:
         page.wait_for_function(WINDOW_OF_MAPS)
+        page.get_by_text(NOTICE_OF_MAPS).first.wait_for()  # which lies over the picture for some seconds
+        page.get_by_text(NOTICE_OF_MAPS).first.wait_for(state="hidden")
 
 
 def slice_shown(page: Page) -> int:
