@@ -87,7 +87,7 @@ def gallery(examples: Sequence[dict[str, Any]], threshold: float, title: str) ->
         axis.set_title(name, fontsize=9)
     bar = figure.colorbar(shown, ax=axes, location="bottom", fraction=0.02, aspect=60)
     marked = [count * threshold for count in range(4)]
-    bar.set_ticks([float(heat(np.array(z), threshold)) for z in marked], labels=[f"{z:.1f}" for z in marked])
+    bar.set_ticks([float(heat(np.array(z), threshold)) for z in marked], labels=[f"{z:.3g}" for z in marked])
     bar.set_label("z-score among healthy patches; middle: threshold", fontsize=7)
     figure.suptitle(title, fontsize=9)
     return figure

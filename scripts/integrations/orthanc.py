@@ -14,10 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import requests
 from pydicom.filereader import read_file_meta_info
@@ -31,6 +32,7 @@ PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 INSTALL = "apt-get install orthanc orthanc-dicomweb"
 CALLERS = ("STORESCU", "ECHOSCU", "FINDSCU", "MOVESCU")  # what dcmtk's programs call themselves
 START_SECONDS = 30.0
+T = TypeVar("T")
 STOP_SECONDS = 30.0
 
 # what storescu must be told to send compressed files as they are
@@ -212,21 +214,32 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Run until Ctrl-C."""
-    arguments = vars(make_parser().parse_args())
+def until_interrupted(server: AbstractContextManager[T], words: Callable[[T], str]) -> None:
+    """Run a ``server``, and print ``words`` of it, until Ctrl-C or a signal to end; an error is one line."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        with running(**arguments) as server:
-            print(f"pages     {server.http_url}/app/explorer.html")
-            print(f"DICOMweb  {server.dicomweb_url}")
-            print(f"DICOM     {server.aet} at {HOST}, port {server.dicom_port}")
-            print("Ctrl-C ends it", flush=True)
-            signal.pause()
+        with server as started:
+            print(f"{words(started)}\nCtrl-C ends it", flush=True)
+            while True:  # a signal that comes just before a pause would be lost in it
+                time.sleep(0.5)
     except BundleError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         pass
+
+
+def addresses(server: Orthanc) -> str:
+    """Where ``server`` answers, in lines."""
+    return (
+        f"pages     {server.http_url}/app/explorer.html\n"
+        f"DICOMweb  {server.dicomweb_url}\n"
+        f"DICOM     {server.aet} at {HOST}, port {server.dicom_port}"
+    )
+
+
+def main() -> None:
+    """Run until Ctrl-C."""
+    until_interrupted(running(**vars(make_parser().parse_args())), addresses)
 
 
 if __name__ == "__main__":

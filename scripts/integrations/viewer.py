@@ -13,8 +13,6 @@ import asyncio
 import hashlib
 import io
 import json
-import signal
-import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -35,7 +33,7 @@ from bundle.files import partial_prefix
 from bundle.manifest import FILE, Manifest
 from scripts.integrations.dicomweb import TIMEOUT, connect
 from scripts.integrations.environments import cache_folder
-from scripts.integrations.orthanc import HOST, Orthanc, free_ports, running
+from scripts.integrations.orthanc import HOST, Orthanc, free_ports, running, until_interrupted
 
 VERSION = "3.13.2"  # of OHIF
 PACKAGE = f"https://registry.npmjs.org/@ohif/app/-/app-{VERSION}.tgz"
@@ -209,7 +207,7 @@ def serving(app: web.Application, port: int) -> Iterator[str]:
         return asyncio.run_coroutine_threadsafe(work, loop).result(START_SECONDS)
 
     async def serve() -> web.AppRunner:
-        runner = web.AppRunner(app)
+        runner = web.AppRunner(app, shutdown_timeout=1.0)
         await runner.setup()
         await web.TCPSite(runner, HOST, port).start()
         return runner
@@ -289,17 +287,7 @@ def viewing(
 
 def main() -> None:
     """Run until Ctrl-C."""
-    arguments = vars(make_parser().parse_args())
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        with viewing(**arguments) as address:
-            print(f"OHIF  {address}")
-            print("Ctrl-C ends it", flush=True)
-            signal.pause()
-    except BundleError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        pass
+    until_interrupted(viewing(**vars(make_parser().parse_args())), "OHIF  {}".format)
 
 
 if __name__ == "__main__":
