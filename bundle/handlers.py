@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ignite.distributed as idist
@@ -32,23 +33,23 @@ class Progress:
             bar.attach(engine, "all", event_name=Events.EPOCH_COMPLETED, closing_event_name=Events.COMPLETED)
 
 
-class CaseProgress:
-    """A progress bar over the cases of an evaluator, of which a batch of slices completes none, one or many.
+class SliceProgress:
+    """A progress bar over the slices of an evaluator that :func:`~bundle.inferers.detect_slices` updates.
 
     Args:
         description: what goes on.
-        total: number of cases of this process.
+        cases: of this process; each that was read knows its number of ``slices``.
     """
 
-    def __init__(self, description: str, total: int) -> None:
+    def __init__(self, description: str, cases: Sequence[Mapping[str, Any]]) -> None:
         self.description = description
-        self.total = total
+        self.total = sum(case.get("slices", 1) for case in cases)
 
     def attach(self, engine: Engine) -> None:
         """Register with the engine, in the first process only."""
         if idist.get_rank() > 0:
             return
         state: Any = engine.state
-        bar = tqdm(total=self.total, desc=self.description, unit="case", delay=0.1)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: bar.update(len(state.batch)))
+        bar = tqdm(total=self.total, desc=self.description, unit="slice", delay=0.1)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: bar.update(state.slices))
         engine.add_event_handler(Events.COMPLETED, bar.close)

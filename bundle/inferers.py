@@ -128,8 +128,9 @@ class SliceBatchInferer(Inferer):
 def detect_slices(engine: Engine, batch: list[Slice]) -> list[dict[str, Any]]:
     """One iteration of an evaluator over :class:`~bundle.data.SliceBatches`: `iteration_update`.
 
-    Afterwards ``engine.state.batch`` and the output are lists of the cases that this batch has completed, often one,
-    sometimes none or many, with what the inferer (:class:`SliceBatchInferer`) joins of them in ``pred``.
+    Afterwards ``engine.state.slices`` is the number of slices in this batch. ``engine.state.batch`` and the output are
+    lists of the cases that it has completed, often one, sometimes none or many, with what the inferer
+    (:class:`SliceBatchInferer`) joins of them in ``pred``.
     """
     evaluator: Any = engine
     with evaluator.mode(evaluator.network):
@@ -141,6 +142,7 @@ def detect_slices(engine: Engine, batch: list[Slice]) -> list[dict[str, Any]]:
         case.done.append(values)
         if case.complete:
             completed.append(case)
+    evaluator.state.slices = len(batch)
     evaluator.state.batch = [dict(case.item) for case in completed]
     evaluator.state.output = [_output(case.item, case.done, evaluator) for case in completed]
     evaluator.fire_event(IterationEvents.MODEL_COMPLETED)

@@ -6,7 +6,7 @@ The application on MONAI Deploy takes this module along, where no network of thi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,11 @@ class Learned(NamedTuple):
     patients: int
     of_volumes: bool
 
+    def unseen(self, kind: str, words: Sequence[str]) -> list[str]:
+        """Those of ``words`` that no training case had; none where training cases tell no words of this ``kind``."""
+        seen = self.cases.get(kind, {})
+        return [word for word in words if word not in seen] if seen else []
+
     def reasons(self, unlikeness: float, threshold: float, meta: Mapping[str, Any]) -> tuple[Unlike, ...]:
         """Why a case is unlike the training data, in words; none if it is like them.
 
@@ -53,10 +58,9 @@ class Learned(NamedTuple):
         found = []
         facts = facts_of(meta)
         for kind, label in LABELS.items():
-            seen = self.cases.get(kind, {}).keys()
-            other = [word for word in facts.get(kind, ()) if word not in seen]
-            if seen and other:
-                found.append(Unlike(kind, f"{label} {', '.join(other)}, learned from {', '.join(sorted(seen))}"))
+            if other := self.unseen(kind, facts.get(kind, ())):
+                learned = ", ".join(sorted(self.cases[kind]))
+                found.append(Unlike(kind, f"{label} {', '.join(other)}, learned from {learned}"))
         if unlikeness > threshold:
             words = f"its looks differ from healthy training images by {unlikeness:.1f}, threshold {threshold:.1f}"
             found.append(Unlike("appearance", words))

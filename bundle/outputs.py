@@ -10,12 +10,13 @@ from functools import cache
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
 from bundle.data.cases import Case, find_images
+from bundle.dicom.selection import SeriesRule
 from bundle.distributed import gather
 from bundle.errors import BundleError, check_choice
 from bundle.files import files_below, whole_files, write_csv, writing
@@ -155,6 +156,7 @@ def find_inputs(
     dataset_dir: str | os.PathLike,
     output_dir: str | os.PathLike,
     follow_links: bool = False,
+    series: SeriesRule | None = None,
     writers: Sequence[type[Writer]] = WRITERS,
     tables: Sequence[type[Table]] = TABLES,
 ) -> list[Case]:
@@ -165,7 +167,7 @@ def find_inputs(
     Args:
         dataset_dir: see :func:`bundle.data.find_images`.
         output_dir: the folder of the results, which may be missing.
-        follow_links: see :func:`bundle.data.find_images`.
+        follow_links, series: see :func:`bundle.data.find_images`.
         writers: the formats that may be written.
         tables: the tables.
 
@@ -174,7 +176,7 @@ def find_inputs(
             where a result may be written stands what no earlier run has left there.
     """
     manifest = Manifest(output_dir)
-    cases = find_images(dataset_dir, follow_links, manifest)
+    cases = find_images(dataset_dir, follow_links, manifest, series)
     names = {case["name"] for case in cases}
     suffixes = [suffix for writer in writers for suffix in writer.suffixes]
     _check_places(manifest, names, suffixes, {FILE, *(table.file for table in tables)})
@@ -219,7 +221,8 @@ class DetectionSaver:
         tracker: its run opens with the first result and keeps ``scores.csv``.
         model_file: of the detector; DICOM objects tell its hash.
         preprocessing: of the images, invertible; needed for DICOM objects.
-        write_dicom: write DICOM objects; cases must have passed :class:`~bundle.transforms.RequireDicomd`.
+        write_dicom: write DICOM objects, ``auto``: of DICOM images alone, else cases must have passed
+            :class:`~bundle.transforms.RequireDicomd`.
         worst_slices: how many slices ``scores.csv`` and the DICOM report name.
         segment_unlike: write the DICOM segmentation of a case that is unlike the training data, too.
         on_error: ``raise``, or ``skip``: warn of results that cannot be written, count them, and go on.
@@ -238,7 +241,7 @@ class DetectionSaver:
         tracker: Tracker,
         model_file: str | os.PathLike = "",
         preprocessing: Any = None,
-        write_dicom: bool = False,
+        write_dicom: bool | Literal["auto"] = False,
         worst_slices: int = 3,
         segment_unlike: bool = False,
         on_error: str = "raise",
@@ -248,7 +251,7 @@ class DetectionSaver:
         if worst_slices < 1:
             raise BundleError(f"worst_slices is {worst_slices}: give at least 1")
         if write_dicom and preprocessing is None:
-            raise BundleError("write_dicom is true, but preprocessing is missing: give DetectionSaver both")
+            raise BundleError(f"write_dicom is {write_dicom}, but preprocessing is missing: give DetectionSaver both")
         self.output_dir = Path(output_dir)
         self.manifest = Manifest(output_dir, idist.get_rank())
         self.tracker = tracker

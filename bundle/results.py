@@ -190,6 +190,11 @@ class CaseResult:
         return self.restored.values > self.threshold
 
     @property
+    def of_dicom(self) -> bool:
+        """Whether the file is DICOM, whose images have numbers."""
+        return bool(self.restored.instances)
+
+    @property
     def shows_stored_slices(self) -> bool:
         """Whether the network saw the slices of the file, not those of another plane."""
         return self.restored.slice_axis == 2

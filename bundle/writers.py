@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import nibabel as nib
 import numpy as np
@@ -53,7 +53,7 @@ class OutputSettings:
         data: the data set in words.
         model_file: of the detector; DICOM objects tell its hash.
         preprocessing: of the images; its inverse brings them back to the axes of their files.
-        write_dicom: whether DICOM objects are wanted.
+        write_dicom: whether DICOM objects are wanted, of all images, or ``auto``: of DICOM images alone.
         worst_slices: how many slices are named.
         segment_unlike: whether a case that is unlike the training data gets a DICOM segmentation.
     """
@@ -62,7 +62,7 @@ class OutputSettings:
     data: str
     model_file: str | os.PathLike = ""
     preprocessing: Any = None
-    write_dicom: bool = False
+    write_dicom: bool | Literal["auto"] = False
     worst_slices: int = 3
     segment_unlike: bool = False
 
@@ -178,8 +178,8 @@ class DicomWriter(Writer):
     suffixes = ("_seg.dcm", "_heatmap.dcm", "_report.dcm", "_overlay")
 
     def applies(self, result: CaseResult) -> bool:
-        """Whether DICOM is wanted; that all images are DICOM is checked before work begins."""
-        return self.settings.write_dicom
+        """Whether DICOM is wanted; where it is of all images, that they are DICOM is checked before work begins."""
+        return self.settings.write_dicom is True or (self.settings.write_dicom == "auto" and result.of_dicom)
 
     def write(self, stem: Path, result: CaseResult, image: MetaTensor) -> None:
         """Write the objects; what goes wrong is told without the header, which is the patient's."""

@@ -362,15 +362,49 @@ def as_report(file):
     image.save_as(file)
 
 
+def truncated_early(file):
+    file.write_bytes(file.read_bytes()[:300])
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (as_localizer, "localizer: 1", "is a localizer"),
+        (as_report, "Basic Text SR: 1", r"is no image to examine \(Basic Text SR Storage, modality SR\)"),
+    ],
+    ids=["localizer", "report"],
+)
+def test_a_sound_object_that_is_no_image_is_passed_over_in_a_folder_and_refused_by_name(
+    tmp_path, caplog, change, kind, message
+):
+    series(tmp_path / "s")
+    [file, *_] = series(tmp_path / "other", patient="p2")
+    change(file.rename(tmp_path / "s" / "odd.dcm"))
+    shutil.rmtree(tmp_path / "other")
+    (tmp_path / "s" / "DICOMDIR").write_text("an index")
+    with caplog.at_level(logging.INFO):
+        [case] = find_images(tmp_path)
+    assert len(case["image"]) == 6
+    assert caplog.messages == [f"passed over 2 files ({kind}, another format: 1) in '{tmp_path}'"]
+    with pytest.raises(BundleError, match=message):
+        keep_readable(find_images(tmp_path / "s" / "odd.dcm"), LoadCased("image"))
+
+
+def test_a_folder_without_images_says_what_it_holds(tmp_path):
+    for file in series(tmp_path / "s"):
+        as_localizer(file)
+    with pytest.raises(BundleError, match=r"no image in '.*', but 6 files \(localizer: 6\): put"):
+        find_images(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (truncate, "cannot read|has no pixels"),
-        (as_localizer, "is a localizer"),
-        (as_report, r"is no image to examine \(Basic Text SR Storage, modality SR\)"),
+        (truncated_early, "has no pixels"),
         (lambda file: file.write_text("not DICOM"), "is no DICOM file"),
     ],
-    ids=["truncated", "localizer", "report", "no DICOM"],
+    ids=["truncated", "truncated early", "no DICOM"],
 )
 def test_a_bad_object_is_an_error_or_a_counted_skip(tmp_path, caplog, change, message):
     series(tmp_path / "good")

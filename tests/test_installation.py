@@ -16,7 +16,7 @@ from PIL import Image
 
 from bundle import __version__
 from bundle.checkpoint import save_checkpoint
-from scripts.launcher.__main__ import copy_configs, main, with_configs
+from scripts.launcher.bundle_command import copy_configs, main, with_configs
 
 
 def pip(*words):
@@ -46,8 +46,8 @@ def installed(wheel, tmp_path_factory):
         pixels = np.random.default_rng(ord(name)).integers(0, 256, (48, 48), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{name}.png")
 
-    def run(*words):
-        command = [sys.executable, "-m", "dinov3_spatial_ar", *map(str, words)]
+    def run(*words, program=(sys.executable, "-m", "dinov3_spatial_ar")):
+        command = [*map(str, program), *map(str, words)]
         env = environment(PYTHONPATH=str(site), PYTHONDONTWRITEBYTECODE="1")
         return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
 
@@ -83,6 +83,18 @@ def test_an_installed_copy_infers_from_any_folder(installed, features):
     assert done.returncode == 0, done.stderr[-3000:]
     assert {"a_map.tiff", "b_map.tiff", "scores.csv"} <= set(os.listdir(folder / "output"))
     assert sorted(site.rglob("*")) == before  # nothing is written where packages are
+
+
+@pytest.mark.slow
+def test_the_console_command_of_an_installed_copy_examines_a_folder(installed, features):
+    run, folder, site = installed
+    save_checkpoint(small_detector(features, preprocessing=PREPROCESSING), folder / "model.pt")
+    done = run(
+        "examine", "images", "-o", "examined", "--model", "model.pt", program=[site / "bin" / "dinov3_spatial_ar"]
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"a_map.tiff", "b_map.tiff", "scores.csv"} <= set(os.listdir(folder / "examined"))
+    assert "mlflow.db" not in os.listdir(folder / "examined")
 
 
 @pytest.mark.slow

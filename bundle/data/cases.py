@@ -2,8 +2,8 @@
 
 A case is a dictionary: ``image`` (path, or the files of a DICOM series), ``name`` (unique, used for outputs), for
 labeled sets ``mask`` (path) and ``label`` (1 if anomalous), ``patient`` where a datalist or a rule for names says so,
-and, once it is embedded or looked for in the feature cache, ``key`` (of its content). All files are read once before
-work begins, so that a bad one is named in the first seconds.
+once it was read, the number of its ``slices``, and, once it is embedded or looked for in the feature cache, ``key`` (of
+its content). All files are read once before work begins, so that a bad one is named in the first seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from tqdm import tqdm
 
-from bundle.dicom.series import group_series, patient_of
+from bundle.dicom.selection import Choice, SeriesRule, choose
+from bundle.dicom.series import Series, group_series, patient_of
 from bundle.distributed import gather, shard
 from bundle.errors import BundleError, check_choice, user_error
 from bundle.files import (
@@ -429,14 +430,20 @@ def place_of(case: Case) -> str:
 
 
 def find_images(
-    dataset_dir: str | os.PathLike, follow_links: bool = False, results: Manifest | None = None
+    dataset_dir: str | os.PathLike,
+    follow_links: bool = False,
+    results: Manifest | None = None,
+    series: SeriesRule | None = None,
 ) -> list[Case]:
-    """Every image below a folder, or the one file, as unlabeled cases; folders of masks are passed over.
+    """Every image below a folder, or the one file, as unlabeled cases.
+
+    In a folder, what is no image to examine is passed over and counted in one line, and so are folders of masks.
 
     Args:
         dataset_dir: the folder or file.
         follow_links: read what links lead to that lead out of the folder. The folder itself may be a link.
         results: of earlier runs in the output folder, which are not looked for in a folder; None: nothing is written.
+        series: which DICOM series of a folder are images to examine; None: all.
 
     Raises:
         BundleError: if there is no image, a link leads out of the folder, or an image lies in the output folder.
@@ -446,7 +453,7 @@ def find_images(
         raise BundleError(f"no file or folder at '{path}': give --dataset_dir an image, a volume or a folder of them")
     if not follow_links:
         _refuse_links(path)
-    cases = _unlabeled(path, results)
+    cases = _unlabeled(path, results, series)
     _refuse_in_output(cases, results)
     return cases
 
@@ -481,6 +488,8 @@ def _leads_out(path: str | os.PathLike, root: str | os.PathLike) -> bool:
 def keep_readable(cases: list[Case], transform: Callable[[Case], Any], on_error: str = "raise") -> list[Case]:
     """The cases that can be read; processes that work together read a share each and tell each other.
 
+    Each has the number of its ``slices`` afterwards.
+
     Args:
         cases: to read, each once.
         transform: reads a case; raises :class:`BundleError` if it is bad.
@@ -492,34 +501,38 @@ def keep_readable(cases: list[Case], transform: Callable[[Case], Any], on_error:
     check_choice("on_error", on_error, ("raise", "skip"))
     note_states(cases)
 
-    def problem(case: Case) -> str | None:
+    def slices_or_problem(case: Case) -> int | str:
         if not _is_text(case):
             return f"the name {place_of(case)!a} is no UTF-8: rename the file, or skip such ones with --on_error skip"
         try:
-            transform(case)
+            read = transform(case)
         except Exception as error:
             cause = user_error(error)
             if cause is None:
                 raise
             return str(cause)
-        return None
+        return len(read) if isinstance(read, list) else int(read["image"].shape[-1])
 
-    my_problems: dict[int, str] = {}
+    my_finds: dict[int, int | str] = {}
     mine = shard(range(len(cases)))
     with ThreadPoolExecutor(max_workers=2) as pool:
-        pending = zip(mine, pool.map(problem, [cases[index] for index in mine]), strict=True)
-        for index, message in tqdm(pending, desc="reading images", total=len(mine), leave=False):
-            if message is not None:
-                my_problems[index] = message
-                if on_error == "raise":
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    break
-    problems = {index: message for share in gather(my_problems) for index, message in share.items()}
+        pending = zip(mine, pool.map(slices_or_problem, [cases[index] for index in mine]), strict=True)
+        for index, found in tqdm(pending, desc="reading images", total=len(mine), leave=False):
+            my_finds[index] = found
+            if isinstance(found, str) and on_error == "raise":
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
+    finds = {index: found for share in gather(my_finds) for index, found in share.items()}
+    problems = {index: found for index, found in finds.items() if isinstance(found, str)}
     for _, message in sorted(problems.items()):
         if on_error == "raise":
             raise BundleError(message)
         logger.warning(f"skipped: {message}")
-    good = [case for index, case in enumerate(cases) if index not in problems]
+    good = []
+    for index, case in enumerate(cases):
+        if index not in problems:
+            case["slices"] = finds[index]
+            good.append(case)
     if problems:
         logger.warning(f"skipped {len(problems)} of {len(cases)} images that cannot be read")
     if cases and not good:
@@ -541,15 +554,38 @@ class _Image(NamedTuple):
     path: Path
 
 
-def _unlabeled(path: Path, results: Manifest | None = None) -> list[Case]:
-    images = [_Image(str(path), path)] if path.is_file() else list(_images_below(path, results))
-    if not images:
-        raise BundleError(f"no image in '{path}': put {', '.join(SUFFIXES)} files there, or give another folder")
+class _Found(NamedTuple):
+    """The images in a folder in order of name, and what became of its DICOM series and of all other files."""
+
+    images: list[_Image]
+    choice: Choice
+
+
+def _unlabeled(path: Path, results: Manifest | None = None, series: SeriesRule | None = None) -> list[Case]:
+    if path.is_file():
+        images = [_Image(str(path), path)]
+    else:
+        images, choice = _images_below(path, results, series)
+        _check_any(path, images, choice)
     return _named(
         [{"image": image.source} for image in images],
         [image.path for image in images],
         path if path.is_dir() else path.parent,
     )
+
+
+def _check_any(folder: Path, images: list[_Image], choice: Choice) -> None:
+    """Refuse a folder without images, with what is there instead."""
+    if not images and choice.misfits:
+        raise BundleError(
+            f"no series to examine in '{folder}', but {choice}: give another folder, or other --series_modality, "
+            "--series_description, --series_orientation, null for any"
+        )
+    if not images:
+        instead = f", but {choice}" if choice.passes_over else ""
+        raise BundleError(
+            f"no image in '{folder}'{instead}: put {', '.join(SUFFIXES)} files there, or give another folder"
+        )
 
 
 def _from_bmad(root: Path, results: Manifest | None) -> dict[str, list[Case]]:
@@ -576,8 +612,8 @@ def _bmad_class(split: Path, label: int, results: Manifest | None) -> Iterator[t
         has_masks = masks is not None
     if images is None:
         return
-    by_stem = {_stem(mask.path): mask.source for mask in _images_below(masks, results)} if masks else {}
-    for image in _images_below(images, results):
+    by_stem = {_stem(mask.path): mask.source for mask in _images_below(masks, results).images} if masks else {}
+    for image in _images_below(images, results).images:
         case: Case = {"image": image.source, "label": label}
         mask = by_stem.get(_stem(image.path))
         if mask is not None:
@@ -623,12 +659,13 @@ def _datalist_case(item: Any, split: str, datalist: Path) -> Case:
     return case
 
 
-def _images_below(folder: Path, results: Manifest | None = None) -> Iterator[_Image]:
-    """Images below ``folder`` in order of name, but for ``results`` of earlier runs.
+def _images_below(folder: Path, results: Manifest | None = None, series: SeriesRule | None = None) -> _Found:
+    """What lies below ``folder``, but for folders of masks; a line in the log counts what is passed over.
 
     A DICOM series is one image, in whatever folders its files lie.
     """
     others, dicom = [], []
+    no_images: Counter[str] = Counter()
     for directory, subfolders, names in _walk(folder):
         subfolders[:] = sorted(
             name for name in subfolders if name.lower() not in _MASK_FOLDERS and not name.startswith(PARTIAL)
@@ -637,16 +674,24 @@ def _images_below(folder: Path, results: Manifest | None = None) -> Iterator[_Im
         own, emptied = [], []
         for file in (Path(directory) / name for name in sorted(names)):
             if results is not None and os.path.join(real, file.name) in results:
-                continue
-            if is_dicom_file(file):
+                no_images["result of an earlier run"] += 1
+            elif is_dicom_file(file):
                 own.append(file)
             elif file.name.lower().endswith(SUFFIXES):
                 others.append(_Image(str(file), file))
             elif not file.suffix and file.is_file() and not file.stat().st_size:
                 emptied.append(file)
+            else:
+                no_images["another format"] += 1
         # what was emptied beside other DICOM files is named when it is read, not passed over
         dicom += own + emptied if own else []
-    yield from sorted([*others, *_series_of(dicom)], key=lambda image: image.path)
+        if emptied and not own:
+            no_images["another format"] += len(emptied)
+    choice = choose(group_series(dicom), series)
+    choice.no_images.update(no_images)
+    if choice.passes_over:
+        logger.info(f"passed over {choice} in '{folder}'")
+    return _Found(sorted([*others, *_named_series(choice.series)], key=lambda image: image.path), choice)
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -662,9 +707,8 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
         yield directory, subfolders, names
 
 
-def _series_of(files: list[Path]) -> list[_Image]:
-    """The series of DICOM ``files``, by the name of the folder that is theirs alone, or ``folder/series-NUMBER``."""
-    groups = group_series(files)
+def _named_series(groups: list[Series]) -> list[_Image]:
+    """Series by the name of the folder that is theirs alone, or ``folder/series-NUMBER``."""
     folders = [Path(os.path.commonpath([file.parent for file in group.files])) for group in groups]
     series_in = Counter(folders)
     return [

@@ -98,7 +98,16 @@ logger = logging.getLogger(__name__)
 
 
 class NoImageError(BundleError):
-    """A sound DICOM object that is no image to examine: a report, a result, a localizer."""
+    """A sound DICOM object that is no image to examine: a report, a result, a localizer.
+
+    Args:
+        message: one line.
+        kind: what it is, in words that hold nothing of its header.
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class SeriesFiles:
@@ -363,29 +372,30 @@ def _read(file: Path, stop_before_pixels: bool = False) -> FileDataset:
     """
     try:
         dataset = _dataset_of(file, stop_before_pixels=stop_before_pixels)
-        name = UID(str(dataset.get("SOPClassUID", ""))).name or "unknown class"
+        told = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or ""
+        name = UID(str(told)).name
         modality = str(dataset.get("Modality") or "?")
         localizer = _is_localizer(dataset)
         screen = "SCREEN SAVE" in (dataset.get("ImageType") or ())
-        derived = (
-            modality in _DERIVED_MODALITIES
-            or dataset.get("SOPClassUID") == _PARAMETRIC_MAP
-            or dataset.get("ManufacturerModelName") == PRODUCT
-        )
+        own = dataset.get("ManufacturerModelName") == PRODUCT
+        derived = modality in _DERIVED_MODALITIES or dataset.get("SOPClassUID") == _PARAMETRIC_MAP
         _frames(dataset)
     except BundleError:
         raise
     except Exception as error:
         raise _unreadable(file, error) from error
-    if "Rows" not in dataset and "Image Storage" in name:
+    if "Rows" not in dataset and (not name or "Image Storage" in name):
         raise _without_pixels(file)
-    if "Rows" not in dataset or derived or screen:
+    if "Rows" not in dataset or own or derived or screen:
         raise NoImageError(
             f"'{file}' is no image to examine ({name}, modality {modality}): remove it, or skip such files with "
-            "--on_error skip"
+            "--on_error skip",
+            f"result of {PRODUCT}" if own else "screen save" if screen else name.removesuffix(" Storage"),
         )
     if localizer:
-        raise NoImageError(f"'{file}' is a localizer ({modality}): remove it, or skip such files with --on_error skip")
+        raise NoImageError(
+            f"'{file}' is a localizer ({modality}): remove it, or skip such files with --on_error skip", "localizer"
+        )
     pixels = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
     if not stop_before_pixels and not any(keyword in dataset for keyword in pixels):
         raise _without_pixels(file)

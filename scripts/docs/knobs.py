@@ -81,6 +81,7 @@ TABLES: dict[str, Callable[[], dict[str, Knob]]] = {
     "training": lambda: only(TRAIN, INFER),
     "evaluating": lambda: overlaid(TRAIN, "configs/evaluate.json"),
     "inferring": lambda: only(INFER, TRAIN),
+    "examine": lambda: overlaid(INFER, "configs/examine.json"),
     "exporting": lambda: overlaid(INFER, "configs/export.json"),
     "exported": lambda: overlaid(INFER, "configs/exported.json"),
 }
