@@ -188,12 +188,12 @@ class Results:
 def examine(run_app, run_bundle, model_knobs, packaged, tmp_path_factory):
     """Both ways of examining one series: ``series`` alone for the bundle, all of ``study`` for the application."""
 
-    def run(study, series, folder=packaged, **knobs):
+    def run(study, series, folder=packaged, rules=APPLICATION / "app.yaml", **knobs):
         output = tmp_path_factory.mktemp("examined")
         own = output / "own"
         knobs = {**model_knobs, **knobs}
         run_bundle("inferring", "configs/inference.json", dataset_dir=series, output_dir=own, **knobs)
-        done = run_app(study, output / "deploy", folder=folder)
+        done = run_app(study, output / "deploy", folder=folder, HOLOSCAN_CONFIG_PATH=rules)
         (file,) = own.glob("*_map.nii.gz")
         return Results(study, output / "deploy", done.stdout + done.stderr, own, file.name.removesuffix("_map.nii.gz"))
 
@@ -311,7 +311,7 @@ def _items(dataset, kind):
 
 
 def test_other_series_and_objects_are_passed_over_and_counted(examined):
-    assert "22 of 37 files are no images to examine: passed over" in examined.log
+    assert "passed over 22 files (" in examined.log
     assert "1 series of 2, 1 passed over" in examined.log
 
 
@@ -345,18 +345,23 @@ def answers(report):
     return [value for name, value in code if name == "unlike-reason"]
 
 
-def test_what_headers_tell_holds_the_segmentation_back_in_the_words_of_the_bundle(examine, model_knobs, tmp_path):
+def test_what_headers_tell_holds_the_segmentation_back_in_the_words_of_the_bundle(
+    run_app, examine, model_knobs, tmp_path
+):
     state = read_checkpoint(model_knobs["checkpoint"]).state
     words = {"modality": {"MR": 6}, "sequence": {"flair": 6}, "kernel": {"soft": 6}, "scheme": {"ct_brain": 6}}
     summary = json.dumps({"cases": words, "patients": 2, "of_volumes": True}).encode()
     knowing = tmp_path / "model.pt"
     torch.save({**state, "case_likeness.summary": torch.tensor(list(summary), dtype=torch.uint8)}, knowing)
     make_application(knowing, tmp_path / "packaged")
+    rules = selecting(tmp_path / "any.yaml", Modality="CT")
     images = list(map(as_ct, mr_series(volume_of(), OBLIQUE, identity(description=f"Ax T1 of {NAME}"))))
     for image in images:
         image.ConvolutionKernel = "Br64f"
     series = write_shuffled(images, tmp_path / "series")
-    results = examine(series, series, tmp_path / "packaged", checkpoint=knowing, write_dicom="true")
+    done = run_app(series, tmp_path / "refused", check=False, folder=tmp_path / "packaged")
+    assert "(as learned: modality CT, which the model has not learned from)" in error_line(done)
+    results = examine(series, series, tmp_path / "packaged", rules, checkpoint=knowing, write_dicom="true")
     assert results.score["unlike"].startswith(
         "modality CT, learned from MR; sequence t1, learned from flair; kernel sharp, learned from soft; "
         "intensities read as mr, learned from ct_brain"
@@ -389,7 +394,7 @@ def test_headers_and_names_of_files_forge_no_line_of_the_log(run_app, tmp_path):
     write_series([localizer], tmp_path / "localizer")[0].rename(study / f"{HOSTILE}.dcm")
     rules = selecting(tmp_path / "mine.yaml", SeriesDescription="flair")
     done = run_app(study, tmp_path / "out", "-l", "DEBUG", HOLOSCAN_CONFIG_PATH=rules)
-    assert "attribute SeriesDescription value: flair\\n[2026" in done.stderr
+    assert "Series Description of selected DICOM Series for inference: flair\\n[2026" in done.stderr
     assert f"passed over: '{study}/flair\\n[2026" in done.stderr
     assert_nothing_forged(done.stdout + done.stderr)
     files[0].write_bytes(files[0].read_bytes()[:-500])
@@ -410,7 +415,8 @@ def test_a_user_chooses_the_series_without_touching_python(run_app, tmp_path):
     run_app(tmp_path / "study", tmp_path / "out", HOLOSCAN_CONFIG_PATH=rules)
     found = dcmread(tmp_path / "out" / "anomaly_seg.dcm")
     assert found.ReferencedSeriesSequence[0].SeriesInstanceUID == wanted[0].SeriesInstanceUID
-    run_app(tmp_path / "study", tmp_path / "others")
+    rules = selecting(tmp_path / "any.yaml", Modality="MR")
+    run_app(tmp_path / "study", tmp_path / "others", HOLOSCAN_CONFIG_PATH=rules)
     found = dcmread(tmp_path / "others" / "anomaly_heatmap.dcm")
     assert found.ReferencedSeriesSequence[0].SeriesInstanceUID != wanted[0].SeriesInstanceUID
 
@@ -418,7 +424,7 @@ def test_a_user_chooses_the_series_without_touching_python(run_app, tmp_path):
 def test_no_matching_series_is_one_line_and_no_result(run_app, examined, tmp_path):
     rules = selecting(tmp_path / "mine.yaml", Modality="PT")
     done = run_app(examined.study, tmp_path / "out", check=False, HOLOSCAN_CONFIG_PATH=rules)
-    assert "none of 2 series matches the selections of app.yaml (mine)" in error_line(done)
+    assert "none of 2 series matches the selections of app.yaml (mine: Modality without 'PT')" in error_line(done)
     assert not list((tmp_path / "out").iterdir())
 
 

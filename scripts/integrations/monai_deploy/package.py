@@ -34,6 +34,7 @@ MODULES = (
     "dicom/__init__.py",
     "dicom/decoding.py",
     "dicom/jpeg12.py",
+    "dicom/selection.py",
     "dicom/series.py",
     "dicom/words.py",
     "dicom/objects.py",

@@ -41,7 +41,8 @@ class AnomalyApplication(Application):
         """Connect the operators."""
         settings = self.settings
         loader = StudyLoader(self, CountCondition(self, 1), name="loader", input_folder=Path(self.context.input_path))
-        selector = SeriesSelector(self, name="selector", rules=json.dumps({"selections": settings["selections"]}))
+        rules = json.dumps({"selections": settings["selections"]})
+        selector = SeriesSelector(self, name="selector", context=self.context, rules=rules)
         reader = VolumeReader(self, name="reader")
         inference = sdk.MonaiBundleInferenceOperator(
             self,

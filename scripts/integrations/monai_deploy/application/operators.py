@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from monai.deploy.core import AppContext, Image, Operator, OperatorSpec
 from monai.deploy.core.domain.dicom_series import DICOMSeries
-from monai.deploy.core.domain.dicom_series_selection import StudySelectedSeries
+from monai.deploy.core.domain.dicom_series_selection import SelectedSeries, StudySelectedSeries
 from monai.deploy.core.domain.dicom_study import DICOMStudy
 from monai.deploy.operators import DICOMDataLoaderOperator, DICOMSeriesSelectorOperator, DICOMSeriesToVolumeOperator
 from pydicom import Dataset
@@ -22,11 +22,12 @@ from pydicom.misc import is_dicom
 
 from bundle import __version__
 from bundle.dicom.objects import Algorithm, write_objects
-from bundle.dicom.series import NoImageError, group_series, read_headers, read_volume
+from bundle.dicom.selection import SeriesRule, choose
+from bundle.dicom.series import group_series, read_headers, read_volume
 from bundle.dicom.words import header_words
 from bundle.errors import BundleError
 from bundle.figures import blend_slices
-from bundle.learned import read_summary
+from bundle.learned import Learned, read_summary
 from bundle.results import CaseResult, RestoredMap
 
 STUDIES = "dicom_study_list"
@@ -55,22 +56,18 @@ class StudyLoader(DICOMDataLoaderOperator):
             BundleError: if there is no image, or a DICOM file cannot be read: it may be a slice.
         """
         files = sorted(file for file in Path(input_path).rglob("*") if file.is_file())
-        groups = [series.files for series in group_series(filter(_is_dicom, files))]
+        dicom = list(filter(_is_dicom, files))
+        choice = choose(group_series(dicom))
+        choice.no_images.update({"another format": len(files) - len(dicom)} if len(dicom) < len(files) else {})
         studies: dict[str, DICOMStudy] = {}
-        kept = 0
-        for index, group in enumerate(groups):
-            try:
-                header = read_headers(group[:1])[0]
-            except NoImageError as error:
-                logger.debug("passed over: %s", error)
-                continue
+        for index, group in enumerate(choice.series):
+            header = read_headers(group.files[:1])[0]
             study = studies.setdefault(header.StudyInstanceUID, DICOMStudy(header.StudyInstanceUID))
-            study.add_series(_series(f"{index}", header, group))
-            kept += len(group)
+            study.add_series(_series(f"{index}", header, group.files))
         if not studies:
             raise BundleError(f"'{input_path}' holds no DICOM image: give the folder of a study with --input")
-        if kept < len(files):
-            logger.info("%d of %d files are no images to examine: passed over", len(files) - kept, len(files))
+        if choice.passes_over:
+            logger.info("passed over %s", choice)
         return list(studies.values())
 
 
@@ -93,7 +90,15 @@ def _series(key: str, header: Dataset, files: list[Path]) -> DICOMSeries:
 
 
 class SeriesSelector(DICOMSeriesSelectorOperator):
-    """The one series that the rules of ``app.yaml`` choose."""
+    """The one series that the selections of ``app.yaml`` choose, by :class:`bundle.dicom.selection.SeriesRule`.
+
+    Args:
+        context: with the model, which knows what it has learned from.
+    """
+
+    def __init__(self, fragment: Any, *args: Any, context: AppContext, **kwargs: Any) -> None:
+        self.context = context
+        super().__init__(fragment, *args, **kwargs)
 
     def filter(
         self,
@@ -102,31 +107,48 @@ class SeriesSelector(DICOMSeriesSelectorOperator):
         all_matched: bool = True,
         sort_by_sop_instance_count: bool = True,
     ) -> list[StudySelectedSeries]:
-        """Apply the rules to all series.
+        """The series with most images of those that fit the first selection that any fits.
 
         Raises:
-            BundleError: if no series matches, those of more than one study do, or a rule is not understood.
+            BundleError: if no series fits, those of more than one study do, or a selection is not understood.
         """
-        try:
-            found = super().filter(selection_rules, dicom_study_list, True, True)
-        except Exception as error:
+        learned = read_summary(self.context.models.get().predictor.detector.case_likeness.summary)
+        series = [(study, one) for study in dicom_study_list for one in study.get_all_series()]
+        passed_over = []
+        for name, rule in _rules(selection_rules["selections"], learned):
+            misfits = [rule.misfit(_header(one)) for _, one in series]
+            fitting = [pair for pair, misfit in zip(series, misfits, strict=True) if misfit is None]
+            if fitting:
+                break
+            passed_over.append(f"{name}: {', '.join(sorted(set(filter(None, misfits))))}")
+        else:
             raise BundleError(
-                f"the selections of app.yaml are not understood ({error}): see the examples in that file"
-            ) from error
-        total = sum(len(study.get_all_series()) for study in dicom_study_list)
-        names = [str(rule.get("name", "")) for rule in selection_rules["selections"]]
-        if not found:
-            raise BundleError(
-                f"none of {total} series matches the selections of app.yaml ({', '.join(names)}): give another study, "
-                "or change them"
+                f"none of {len(series)} series matches the selections of app.yaml ({'; '.join(passed_over)}): give "
+                "another study, or change them"
             )
-        if len(found) > 1:
-            raise BundleError(f"series of {len(found)} studies match the selections of app.yaml: give one study")
-        chosen = found[0].selected_series[0]
-        logger.info("selection '%s': 1 series of %d, %d passed over", chosen.selection_name, total, total - 1)
-        only = StudySelectedSeries(found[0].study)
-        only.add_selected_series(chosen)
+        studies = {study.StudyInstanceUID for study, _ in fitting}
+        if len(studies) > 1:
+            raise BundleError(f"series of {len(studies)} studies match the selections of app.yaml: give one study")
+        study, chosen = max(fitting, key=lambda pair: len(pair[1].get_sop_instances()))
+        logger.info("selection '%s': 1 series of %d, %d passed over", name, len(series), len(series) - 1)
+        only = StudySelectedSeries(study)
+        only.add_selected_series(SelectedSeries(name, chosen, None))
         return [only]
+
+
+def _rules(selections: Any, learned: Learned) -> list[tuple[str, SeriesRule]]:
+    """The rules of ``app.yaml`` by name."""
+    try:
+        return [(str(one["name"]), SeriesRule(one["conditions"], learned.unseen)) for one in selections]
+    except (BundleError, TypeError, KeyError, AttributeError) as error:
+        raise BundleError(
+            f"the selections of app.yaml are not understood ({error}): see the examples in that file"
+        ) from error
+
+
+def _header(series: DICOMSeries) -> Dataset:
+    """Of its first file."""
+    return series.get_sop_instances()[0].get_native_sop_instance()
 
 
 class VolumeReader(DICOMSeriesToVolumeOperator):
