@@ -323,7 +323,7 @@ def test_nothing_of_a_patient_is_logged_unless_for_debugging(run_app, tmp_path):
     chatty = run_app(tmp_path / "study", tmp_path / "out", "--log-level", "DEBUG", HOLOSCAN_CONFIG_PATH=rules)
     private = {NAME, PATIENT_ID, DESCRIPTION, images[0].StudyInstanceUID, images[0].SeriesInstanceUID}
     assert not [word for word in private if word in quiet.stdout + quiet.stderr]
-    assert DESCRIPTION in chatty.stdout + chatty.stderr
+    assert images[0].SeriesInstanceUID in chatty.stdout + chatty.stderr
 
 
 @pytest.mark.parametrize("affine", [OBLIQUE, SAGITTAL], ids=["oblique", "sagittal"])
@@ -394,7 +394,6 @@ def test_headers_and_names_of_files_forge_no_line_of_the_log(run_app, tmp_path):
     write_series([localizer], tmp_path / "localizer")[0].rename(study / f"{HOSTILE}.dcm")
     rules = selecting(tmp_path / "mine.yaml", SeriesDescription="flair")
     done = run_app(study, tmp_path / "out", "-l", "DEBUG", HOLOSCAN_CONFIG_PATH=rules)
-    assert "Series Description of selected DICOM Series for inference: flair\\n[2026" in done.stderr
     assert f"passed over: '{study}/flair\\n[2026" in done.stderr
     assert_nothing_forged(done.stdout + done.stderr)
     files[0].write_bytes(files[0].read_bytes()[:-500])
