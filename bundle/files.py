@@ -28,8 +28,13 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota or a l
 _FORMER_PARTIAL = re.compile(r".+\.\d+\.partial|embeddings-\w{8}")  # names of versions before 0.6
 FLAT_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
+ITK_SUFFIXES = (".nrrd", ".mha", ".mhd")  # NRRD and MetaImage
+VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-SUFFIXES = (*NIFTI_SUFFIXES, *FLAT_SUFFIXES, *DICOM_SUFFIXES)
+SUFFIXES = (*VOLUME_SUFFIXES, *FLAT_SUFFIXES, *DICOM_SUFFIXES)
+LOCAL = "LOCAL"  # by which a MetaImage says that its voxels follow its header
+_DATA_FILE = re.compile(rb"^ElementDataFile[ \t]*=[ \t]*([^/\\%:\x00-\x1f]+?)[ \t]*\r?$", re.MULTILINE)
+_LONGEST_HEADER = 2**20  # bytes
 # how cells begin that spreadsheets take for formulas, or that are marked as text already
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20", "'")
 
@@ -51,14 +56,27 @@ def files_of(source: Source) -> list[Path]:
     """The files of a source, those of a folder in order of name; a file that is missing is among them."""
     if not isinstance(source, (str, os.PathLike)):
         return [Path(file) for file in source]
-    path = Path(source)
-    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    path, beside = Path(source), data_of(source)
+    return (
+        sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path, *filter(None, [beside])]
+    )
+
+
+def data_of(header: str | os.PathLike) -> Path | None:
+    """The file beside the ``header`` of a MetaImage (``.mhd``) that holds its voxels; None: there is no such file."""
+    path = Path(header)
+    if path.suffix.lower() != ".mhd" or not path.is_file():
+        return None
+    with path.open("rb") as stream:
+        found = _DATA_FILE.search(stream.read(_LONGEST_HEADER))
+    name = os.fsdecode(found[1]) if found else LOCAL
+    return None if name == LOCAL or name.startswith("LIST") else path.parent / name
 
 
 def state_of(source: Source) -> list[tuple[int, int] | None]:
     """Size and time of the last change of each file of a source, by which another content shows; None: it is gone."""
     states: list[tuple[int, int] | None] = []
-    for file in parts_of(source):
+    for file in (*parts_of(source), *filter(None, map(data_of, parts_of(source)))):
         try:
             status = os.stat(file)
             states.append((status.st_size, status.st_mtime_ns))

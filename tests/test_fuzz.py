@@ -10,6 +10,7 @@ import io
 import json
 import re
 import signal
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -19,6 +20,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 from builders import small_detector
 from highdicom.legacy import LegacyConvertedEnhancedMRImage
 from hypothesis import HealthCheck, Phase, given, settings
@@ -108,6 +110,15 @@ def nifti():
     return nib.Nifti1Image(values, np.diag([1.0, 1, 4, 1])).to_bytes()
 
 
+def by_itk(suffix, packed):
+    image = SimpleITK.GetImageFromArray(np.random.default_rng(0).integers(0, 999, (5, 18, 20)).astype(np.int16))
+    image.SetMetaData("Comment", "noise")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"a{suffix}")
+        SimpleITK.WriteImage(image, str(file), useCompression=packed)
+        return file.read_bytes()
+
+
 def dicom(name, syntax=None):
     image = dcmread(get_testdata_file(name))
     if syntax is not None:
@@ -141,6 +152,8 @@ SEEDS = {  # of each format: the suffix, how many cases, and files; gzip is dama
     ),
     "nifti": (".nii", 1200, lambda: [nifti()]),
     "gzip": (".nii.gz", 800, lambda: [gzip.compress(nifti())]),
+    "nrrd": (".nrrd", 1200, lambda: [by_itk(".nrrd", packed) for packed in (False, True)]),
+    "metaimage": (".mha", 1200, lambda: [by_itk(".mha", packed) for packed in (False, True)]),
     "dicom": (".dcm", 1200, lambda: [dicom("CT_small.dcm"), dicom("MR_small_bigendian.dcm"), dicom("image_dfl.dcm")]),
     "dicom frames": (".dcm", 300, lambda: [enhanced()]),
     "dicom rle": (".dcm", 300, lambda: [dicom("CT_small.dcm", RLELossless)]),
@@ -210,6 +223,7 @@ def test_damaged_images_are_refused_in_one_line(tmp_path, monkeypatch, name):
         file.write_bytes(with_right_sums(content) if name == "png" else content)
         load_case(file)
 
+    read(seeds()[0])  # libraries load what they need
     fuzz(name, count, seeds(), read)
 
 

@@ -32,9 +32,9 @@ from bundle.distributed import gather, shard
 from bundle.errors import BundleError, check_choice, user_error
 from bundle.files import (
     FLAT_SUFFIXES,
-    NIFTI_SUFFIXES,
     PARTIAL,
     SUFFIXES,
+    VOLUME_SUFFIXES,
     Source,
     content_key,
     files_of,
@@ -306,8 +306,8 @@ def _patient(case: Case) -> str | None:
     if case.get("patient") is not None:
         return str(case["patient"])
     source = case["image"]
-    flat_or_nifti = isinstance(source, str) and source.lower().endswith((*FLAT_SUFFIXES, *NIFTI_SUFFIXES))
-    for file in () if flat_or_nifti else filter(Path.is_file, files_of(source)):
+    nameless = isinstance(source, str) and source.lower().endswith((*FLAT_SUFFIXES, *VOLUME_SUFFIXES))
+    for file in () if nameless else filter(Path.is_file, files_of(source)):
         if is_dicom_file(file):
             return patient_of(file)
     subject = _BIDS_SUBJECT.search(Path(case["name"]).as_posix())
@@ -363,7 +363,7 @@ def _take_folders_for_patients(cases: list[Case]) -> None:
     volumes of the same kinds. Where names differ in numbers alone, nobody can tell series from subjects: a warning says
     so. Folders of different splits are never one patient, since numbers of patients often start again in each.
     """
-    volumes = [case for case in cases if str(case["image"]).lower().endswith(NIFTI_SUFFIXES) and not _patient(case)]
+    volumes = [case for case in cases if str(case["image"]).lower().endswith(VOLUME_SUFFIXES) and not _patient(case)]
     folders: dict[str, list[Case]] = {}
     for case in volumes:
         if "/" in _own_name(case):

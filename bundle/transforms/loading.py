@@ -1,4 +1,4 @@
-"""Reading one case: a flat image (PNG, JPEG, BMP, TIFF, DICOM) or a volume (NIfTI, DICOM series), and its mask."""
+"""Reading one case: a flat image (PNG, JPEG, BMP, TIFF, DICOM) or a volume (NIfTI, NRRD, MetaImage, DICOM series)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,16 @@ from pydicom.misc import is_dicom
 from bundle.dicom.series import SeriesFiles, group_series, modality_in, read_volume
 from bundle.dicom.words import header_words, name_words
 from bundle.errors import BundleError
-from bundle.files import DICOM_SUFFIXES, FLAT_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, Source, files_of
+from bundle.files import (
+    DICOM_SUFFIXES,
+    FLAT_SUFFIXES,
+    ITK_SUFFIXES,
+    NIFTI_SUFFIXES,
+    SUFFIXES,
+    VOLUME_SUFFIXES,
+    Source,
+    files_of,
+)
 from bundle.limits import (
     GRANTED,
     MAX_PARTS,
@@ -38,6 +47,7 @@ from bundle.limits import (
     check_size,
 )
 from bundle.transforms.axes import turn_between, turned
+from bundle.transforms.itk_files import read_itk
 
 MIN_SIDE = 16  # pixels; less than one patch of any backbone holds nothing to map
 THICKER = 1.1  # times the other two sides of a voxel: only then they tell along which axis slices were acquired
@@ -110,7 +120,8 @@ class LoadCased(MapTransform):
 
     Args:
         keys: what to load: see :data:`bundle.files.Source`.
-        channel: the volume of a 4D NIfTI file to take, from 0; None: 4D files are refused. 3D files have one.
+        channel: the volume of a 4D file to take, from 0, or of a NRRD or MetaImage file with several values in each
+            voxel; None: these are refused. 3D files have one.
         min_slices: of an image; 2 or more where a volume is wanted.
         max_voxels: largest number of pixels or voxels of an image; each channel counts.
         allow_missing_keys: do not fail where a case has no such key.
@@ -170,6 +181,10 @@ def load_case(source: Source, channel: int | None = None, max_voxels: int = MAX_
     name = place.lower()
     if len(files) == 1 and name.endswith(NIFTI_SUFFIXES):
         pixels = _read(place, _read_nifti, place, channel, max_voxels)
+    elif len(files) == 1 and name.endswith(ITK_SUFFIXES):
+        pixels = _read(place, _read_itk, place, channel, max_voxels)
+    elif len(files) == 1 and name.endswith(".nhdr"):
+        raise BundleError(f"'{place}' is a NRRD header beside its data: save it as one .nrrd file")
     elif len(files) == 1 and name.endswith(FLAT_SUFFIXES):
         pixels = _read(place, _read_picture, place, max_voxels)
     else:
@@ -199,7 +214,7 @@ def modality_of(source: Source) -> str | None:
         if name.endswith(FLAT_SUFFIXES):
             with Image.open(file) as picture:
                 return "" if _is_deep(picture.mode) else "8bit"
-        return "" if name.endswith(NIFTI_SUFFIXES) else modality_in(file)
+        return "" if name.endswith(VOLUME_SUFFIXES) else modality_in(file)
     except Exception:  # damaged headers raise whatever they like; reading the file tells
         return None
 
@@ -233,21 +248,12 @@ def _read_nifti(path: str, channel: int | None, max_voxels: int) -> _Pixels:
     _check_nifti(path, max_voxels)
     # MONAI's reader changes affines that disagree with the size of voxels; a map of a file that is cut ends the process
     image: Any = nib.load(path, mmap=False)
-    volumes = image.shape[3] if len(image.shape) == 4 else 1
-    if len(image.shape) == 4 and volumes > 1:
-        if channel is None:
-            raise BundleError(
-                f"'{path}' has 4 axes of {'x'.join(map(str, image.shape))}: choose one of its {volumes} volumes with "
-                "--channel"
-            )
-        if channel >= volumes:
-            raise BundleError(f"'{path}' has {volumes} volumes, but channel is {channel}: give 0 to {volumes - 1}")
     if len(image.shape) not in (2, 3, 4):
         raise BundleError(
             f"'{path}' has {len(image.shape)} axes of {'x'.join(map(str, image.shape))}: give a 2D image or a 3D volume"
         )
     if len(image.shape) == 4:
-        image = image.slicer[..., channel if volumes > 1 else 0]
+        image = image.slicer[..., _wanted_volume(path, image.shape, channel)]
     if image.get_data_dtype().kind not in "iuf":
         raise BundleError(f"'{path}' has pixels of type {image.get_data_dtype()}: give real numbers")
     values = np.asarray(image.dataobj, dtype=np.float32)
@@ -255,7 +261,39 @@ def _read_nifti(path: str, channel: int | None, max_voxels: int) -> _Pixels:
     if isinstance(image.header, nib.Nifti1Header) and not image.header["qform_code"] and not image.header["sform_code"]:
         logger.warning(f"'{path}' tells no orientation: x, y, z are taken for left, anterior, superior")
     told = image.header.get_dim_info()[2] if hasattr(image.header, "get_dim_info") else None
-    affine = np.asarray(image.affine, dtype=np.float64)
+    return _placed(path, values, np.asarray(image.affine, dtype=np.float64), told)
+
+
+def _read_itk(path: str, channel: int | None, max_voxels: int) -> _Pixels:
+    image = read_itk(path, max_voxels)
+    if not image.placed:
+        logger.warning(f"'{path}' tells no orientation: x, y, z are taken for left, posterior, superior")
+    wanted = image.values[..., _wanted_volume(path, image.values.shape, channel)]
+    return _placed(path, np.ascontiguousarray(wanted), image.affine)
+
+
+def _wanted_volume(path: str, shape: Sequence[int], channel: int | None) -> int:
+    """Which volume along the last axis of ``shape`` is read: of several the ``channel``.
+
+    Raises:
+        BundleError: if it is not said, or there is none of that number.
+    """
+    volumes = shape[-1]
+    if volumes > 1 and channel is None:
+        raise BundleError(
+            f"'{path}' has 4 axes of {'x'.join(map(str, shape))}: choose one of its {volumes} volumes with --channel"
+        )
+    if volumes > 1 and channel is not None and channel >= volumes:
+        raise BundleError(f"'{path}' has {volumes} volumes, but channel is {channel}: give 0 to {volumes - 1}")
+    return (channel or 0) if volumes > 1 else 0
+
+
+def _placed(path: str, values: np.ndarray, affine: np.ndarray, told: int | None = None) -> _Pixels:
+    """``values`` [x, y, slices] at a place; ``told`` is the axis of slices, if the header tells it.
+
+    Raises:
+        BundleError: if the affine is none.
+    """
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
         raise BundleError(f"'{path}' has an affine that is not finite or not invertible: correct its header")
     axis = 2 if values.shape[2] == 1 else acquisition_axis(np.linalg.norm(affine[:3, :3], axis=0).tolist(), told)
