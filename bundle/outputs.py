@@ -25,7 +25,7 @@ from bundle.networks.detector import Detector
 from bundle.provenance import data_words
 from bundle.results import CaseResult
 from bundle.tracking import Tracker
-from bundle.writers import WRITERS, OutputSettings, Writer
+from bundle.writers import NIFTI, OUTPUT_FORMATS, WRITERS, OutputSettings, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -225,12 +225,15 @@ class DetectionSaver:
             :class:`~bundle.transforms.RequireDicomd`.
         worst_slices: how many slices ``scores.csv`` and the DICOM report name.
         segment_unlike: write the DICOM segmentation of a case that is unlike the training data, too.
+        output_format: of maps and masks of volumes: ``nifti``, or ``input``: that of a NRRD or MetaImage input, and
+            NIfTI for others.
         on_error: ``raise``, or ``skip``: warn of results that cannot be written, count them, and go on.
         writers: the formats.
         tables: the tables, that of all inputs first.
 
     Raises:
-        BundleError: if no slice is to be named, or DICOM objects are wanted without ``preprocessing``.
+        BundleError: if no slice is to be named, the format is unknown, or DICOM objects are wanted without
+            ``preprocessing``.
     """
 
     def __init__(
@@ -244,6 +247,7 @@ class DetectionSaver:
         write_dicom: bool | Literal["auto"] = False,
         worst_slices: int = 3,
         segment_unlike: bool = False,
+        output_format: str = NIFTI,
         on_error: str = "raise",
         writers: Sequence[type[Writer]] = WRITERS,
         tables: Sequence[type[Table]] = TABLES,
@@ -258,7 +262,14 @@ class DetectionSaver:
         self.skips = check_choice("on_error", on_error, ("raise", "skip")) == "skip"
         self.skipped = 0
         self.settings = OutputSettings(
-            detector, data_words(dataset_dir), model_file, preprocessing, write_dicom, worst_slices, segment_unlike
+            detector,
+            data_words(dataset_dir),
+            model_file,
+            preprocessing,
+            write_dicom,
+            worst_slices,
+            segment_unlike,
+            check_choice("output_format", output_format, OUTPUT_FORMATS),
         )
         self.writers = [writer(self.settings) for writer in writers]
         self.tables = [table(self.settings) for table in tables]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import nibabel as nib
 import numpy as np
-from monai.data import MetaTensor
+from monai.data import ITKWriter, MetaTensor
 from PIL import Image, PngImagePlugin
 
 from bundle import __version__
 from bundle.errors import BundleError
 from bundle.figures import blend_slices, overlay, picture
-from bundle.files import NIFTI_SUFFIXES, file_sha256, is_flat
+from bundle.files import ITK_SUFFIXES, NIFTI_SUFFIXES, file_sha256, is_flat
 from bundle.networks.detector import Detector
 from bundle.provenance import model_words
 from bundle.results import CaseResult, heat
@@ -26,6 +27,7 @@ from bundle.results import CaseResult, heat
 if TYPE_CHECKING:  # highdicom is not everywhere
     from bundle.dicom.objects import Algorithm
 
+NIFTI, INPUT = OUTPUT_FORMATS = ("nifti", "input")
 _TIFF_DESCRIPTION = 270
 _FORM_FIELDS = (
     "qform_code",
@@ -56,6 +58,7 @@ class OutputSettings:
         write_dicom: whether DICOM objects are wanted, of all images, or ``auto``: of DICOM images alone.
         worst_slices: how many slices are named.
         segment_unlike: whether a case that is unlike the training data gets a DICOM segmentation.
+        output_format: ``nifti`` or, for NRRD and MetaImage, ``input``.
     """
 
     detector: Detector
@@ -65,6 +68,7 @@ class OutputSettings:
     write_dicom: bool | Literal["auto"] = False
     worst_slices: int = 3
     segment_unlike: bool = False
+    output_format: str = NIFTI
 
     @cached_property
     def model(self) -> str:
@@ -122,25 +126,40 @@ class PictureWriter(Writer):
         Image.fromarray(result.mask[..., 0].T.astype(np.uint8) * 255).save(f"{stem}_mask.png", pnginfo=note)
 
 
-class NiftiWriter(Writer):
+class VolumeWriter(Writer):
     """Map (float), mask (0 or 1) and heat map (0 to 255, 128 is the threshold) on the grid of a volume."""
 
-    suffixes = ("_map.nii.gz", "_mask.nii.gz", "_heatmap.nii.gz")
+    kinds = ("map", "mask", "heatmap")
 
     def applies(self, result: CaseResult) -> bool:
         """Whether the image has a place in space."""
         return not is_flat(result.path)
 
+    def keeps_format(self, result: CaseResult) -> bool:
+        """Whether the format of the input is wanted, and one that ITK writes."""
+        return self.settings.output_format == INPUT and result.path.lower().endswith(ITK_SUFFIXES)
+
+    def volumes(self, result: CaseResult) -> Iterator[tuple[str, np.ndarray]]:
+        """Each of :attr:`kinds` with its values [x, y, slices]."""
+        anomaly_map = result.restored.values
+        yield "map", anomaly_map.astype(np.float32)
+        yield "mask", result.mask.astype(np.uint8)
+        yield "heatmap", np.round(255 * heat(anomaly_map, result.threshold)).astype(np.uint8)
+
+
+class NiftiWriter(VolumeWriter):
+    """The volumes as NIfTI."""
+
+    suffixes = tuple(f"_{kind}.nii.gz" for kind in VolumeWriter.kinds)
+
+    def applies(self, result: CaseResult) -> bool:
+        """Whether the image has a place in space, and its own format is not wanted."""
+        return super().applies(result) and not self.keeps_format(result)
+
     def write(self, stem: Path, result: CaseResult, image: MetaTensor) -> None:
         """Write all three, with the geometry that the header of a NIfTI image tells, or in scanner coordinates."""
-        anomaly_map = result.restored.values
-        original = _original(result.path, anomaly_map.shape)
-        gray_levels = np.round(255 * heat(anomaly_map, result.threshold))
-        for name, values in (
-            ("map", anomaly_map.astype(np.float32)),
-            ("mask", result.mask.astype(np.uint8)),
-            ("heatmap", gray_levels.astype(np.uint8)),
-        ):
+        original = _original(result.path, result.restored.values.shape)
+        for kind, values in self.volumes(result):
             flat = original is not None and original.ndim == 2
             written = nib.Nifti1Image(values[..., 0] if flat else values, result.restored.affine)
             written.header.set_xyzt_units("mm")
@@ -149,7 +168,27 @@ class NiftiWriter(Writer):
             elif image.meta["slice_axis"] is not None:
                 _place_in_scanner(written)
             written.header["descrip"] = self.settings.model[:79]
-            nib.save(written, f"{stem}_{name}.nii.gz")
+            nib.save(written, f"{stem}_{kind}.nii.gz")
+
+
+class InputFormatWriter(VolumeWriter):
+    """The volumes in the format of a NRRD or MetaImage input, packed, as 3D Slicer reads them."""
+
+    suffixes = tuple(f"_{kind}{suffix}" for kind in VolumeWriter.kinds for suffix in (*ITK_SUFFIXES, ".zraw"))
+
+    def applies(self, result: CaseResult) -> bool:
+        """Whether this format is wanted."""
+        return self.keeps_format(result)
+
+    def write(self, stem: Path, result: CaseResult, image: MetaTensor) -> None:
+        """Write all three, with the geometry of the input."""
+        import itk
+
+        for kind, values in self.volumes(result):
+            stored = values[..., 0] if image.meta["axes"] == 2 else values
+            # the rest of MONAI's writer would resample
+            written = ITKWriter.create_backend_obj(stored, None, result.restored.affine, values.dtype)
+            itk.imwrite(written, f"{stem}_{kind}{Path(result.path).suffix.lower()}", compression=True)
 
 
 class OverlayWriter(Writer):
@@ -208,7 +247,7 @@ class DicomWriter(Writer):
         return Algorithm(__version__, str(identity["weights"]), file_sha256(self.settings.model_file))
 
 
-WRITERS: tuple[type[Writer], ...] = (PictureWriter, NiftiWriter, OverlayWriter, DicomWriter)
+WRITERS: tuple[type[Writer], ...] = (PictureWriter, NiftiWriter, InputFormatWriter, OverlayWriter, DicomWriter)
 
 
 def _original(path: str, shape: tuple[int, ...]) -> Any:

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import SimpleITK
+from test_outputs import infer, left_in, saver_in
 
 from bundle.data import find_images, find_splits
 from bundle.data.cases import add_keys, check_unchanged, note_states
@@ -262,3 +263,45 @@ def test_keys_and_comments_of_3d_slicer_are_passed_over(tmp_path):
     image = volume()
     image.SetMetaData("0008|0060", "CT")
     assert load_case(saved(image, tmp_path / "b.mha")).shape == (1, 20, 18, 7)
+
+
+def results(folder, name, suffix):
+    """Map, mask and heat map by SimpleITK."""
+    return [SimpleITK.ReadImage(str(folder / f"{name}_{kind}.{suffix}")) for kind in ("map", "mask", "heatmap")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_results_in_the_format_of_the_input_are_those_in_nifti(tmp_path, suffix):
+    image = volume((32, 24, 3))
+    (tmp_path / "in").mkdir()
+    saved(image, tmp_path / "in" / f"a.{suffix}")
+    saved(volume((32, 24)), tmp_path / "in" / f"flat.{suffix}")
+    infer(tmp_path / "in", tmp_path / "out")
+    expected = results(tmp_path / "out", "a", "nii.gz")
+    infer(tmp_path / "in", tmp_path / "out", output_format="input")
+    beside = {f"{name}_{kind}.zraw" for name in ("a", "flat") for kind in ("map", "mask", "heatmap")}
+    assert {name for name in left_in(tmp_path / "out") if "map" in name or "mask" in name} == {
+        f"{name}_{kind}.{suffix}" for name in ("a", "flat") for kind in ("map", "mask", "heatmap")
+    } | (beside if suffix == "mhd" else set())
+    for found, same in zip(results(tmp_path / "out", "a", suffix), expected, strict=True):
+        np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(found), SimpleITK.GetArrayFromImage(same))
+        assert found.GetPixelID() == same.GetPixelID()
+        for of in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+            np.testing.assert_allclose(getattr(found, of)(), getattr(image, of)(), atol=1e-9)
+            np.testing.assert_allclose(getattr(found, of)(), getattr(same, of)(), atol=1e-5)
+    assert SimpleITK.GetArrayFromImage(expected[0]).std() > 0
+    assert results(tmp_path / "out", "flat", suffix)[0].GetSize() == (32, 24)
+
+
+@pytest.mark.slow
+def test_other_input_stays_nifti(tmp_path):
+    (tmp_path / "in").mkdir()
+    saved(volume((32, 24, 3)), tmp_path / "in" / "a.nii.gz")
+    infer(tmp_path / "in", tmp_path / "out", output_format="input")
+    assert {"a_map.nii.gz", "a_mask.nii.gz", "a_heatmap.nii.gz"} <= left_in(tmp_path / "out")
+
+
+def test_an_unknown_format_of_results_is_refused(tmp_path, detector):
+    with pytest.raises(BundleError, match="output_format 'nrd' is unknown"):
+        saver_in(tmp_path, detector, output_format="nrd")

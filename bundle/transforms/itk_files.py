@@ -90,11 +90,13 @@ class ItkImage(NamedTuple):
         values: [x, y, slices, volumes] float32.
         affine: [4, 4], from voxel indices to mm in RAS.
         placed: whether the header tells an orientation.
+        axes: of the image, 2 or 3.
     """
 
     values: np.ndarray
     affine: np.ndarray
     placed: bool
+    axes: int
 
 
 def read_itk(path: str, max_voxels: int) -> ItkImage:
@@ -126,7 +128,8 @@ def read_itk(path: str, max_voxels: int) -> ItkImage:
     reader: Any = ITKReader(pixel_type=itk.VariableLengthVector[itk.F] if volumes > 1 else itk.F, imageio=file)
     values, told = reader.get_data(reader.read(path))
     values = values.reshape(*(*sides, 1)[:3], -1)
-    return ItkImage(values, to_affine_nd(3, np.asarray(told["affine"], dtype=np.float64)), header.placed)
+    affine = to_affine_nd(3, np.asarray(told["affine"], dtype=np.float64))
+    return ItkImage(values, affine, header.placed, min(len(sides), 3))
 
 
 def _meta_header(path: str) -> _Header:

@@ -103,6 +103,7 @@ class _Pixels(NamedTuple):
     affine: np.ndarray
     modality: str = ""
     slice_axis: int | None = None
+    axes: int = 3
     files: SeriesFiles | None = None
     instances: tuple[int, ...] = ()
 
@@ -113,7 +114,8 @@ class LoadCased(MapTransform):
     A flat image is a volume of one slice. x and y are in the order of MONAI's readers (x first), see
     :class:`~bundle.transforms.OrientSlicesd` for the order that the networks see. ``meta`` holds ``modality``
     (``"8bit"`` for 8-bit images, the DICOM modality, or ``""``), ``slice_axis`` (of x, y, slices, the one along which
-    slices were acquired: see :func:`acquisition_axis`; None for images without geometry), of a DICOM series its
+    slices were acquired: see :func:`acquisition_axis`; None for images without geometry), ``axes`` (2 where a NRRD or
+    MetaImage file has no third one), of a DICOM series its
     ``files`` (:class:`~bundle.dicom.series.SeriesFiles`) and the ``instances`` (InstanceNumber) of its slices, and the
     affine in mm, where pictures have pixels of side 1. Its ``words`` are what header or name tell of the sequence, in a
     fixed vocabulary (:mod:`bundle.dicom.words`).
@@ -200,6 +202,7 @@ def load_case(source: Source, channel: int | None = None, max_voxels: int = MAX_
         raise BundleError(f"'{place}' holds NaN or infinite pixels: clean it, or skip such files with --on_error skip")
     # of the header nothing else is open to see: the rest of a DICOM header is about the patient
     meta: dict[str, Any] = {"filename_or_obj": place, "modality": pixels.modality, "slice_axis": pixels.slice_axis}
+    meta["axes"] = pixels.axes
     meta["words"] = {} if name.endswith(FLAT_SUFFIXES) else name_words(Path(place).name)
     if pixels.files is not None:
         meta |= {"files": pixels.files, "instances": pixels.instances, "words": header_words(pixels.files.headers()[0])}
@@ -269,7 +272,7 @@ def _read_itk(path: str, channel: int | None, max_voxels: int) -> _Pixels:
     if not image.placed:
         logger.warning(f"'{path}' tells no orientation: x, y, z are taken for left, posterior, superior")
     wanted = image.values[..., _wanted_volume(path, image.values.shape, channel)]
-    return _placed(path, np.ascontiguousarray(wanted), image.affine)
+    return _placed(path, np.ascontiguousarray(wanted), image.affine)._replace(axes=image.axes)
 
 
 def _wanted_volume(path: str, shape: Sequence[int], channel: int | None) -> int:
@@ -345,8 +348,8 @@ def _read_dicom(files: list[Path], max_voxels: int) -> _Pixels:
         volume.affine,
         volume.modality,
         2 if volume.positioned else None,
-        volume.files,
-        tuple(volume.instances),
+        files=volume.files,
+        instances=tuple(volume.instances),
     )
 
 
