@@ -221,10 +221,14 @@ class CaseResult:
 
 def _on_file(restored: Any, image: Any) -> RestoredMap:
     """The map ``restored`` [1, x, y, slices], with the places of the slices of ``image`` by both affines."""
-    affine = _array(restored.affine)
-    to_file = np.linalg.inv(affine) @ _array(image.affine)
-    axis = int(np.abs(to_file[:3, 2]).argmax())
-    indices = tuple(round(float((to_file @ [0, 0, index, 1])[axis])) for index in range(image.shape[-1]))
+    affine, seen = _array(restored.affine), _array(image.affine)
+    into_file = np.linalg.inv(affine)
+    # the planes of the file that lie as the slices do; its axes need not, where the gantry was tilted
+    normals = into_file[:3, :3] / np.linalg.norm(into_file[:3, :3], axis=1, keepdims=True)
+    axis = int(np.abs(normals @ seen[:3, 2]).argmax())
+    rows, columns, slices = image.shape[-3:]
+    places = (seen @ [(rows - 1) / 2, (columns - 1) / 2, index, 1] for index in range(slices))
+    indices = tuple(round(float((into_file @ place)[axis])) for place in places)
     return RestoredMap(_array(restored)[0], axis, indices, tuple(restored.meta.get("instances", ())), affine)
 
 

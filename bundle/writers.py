@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # highdicom is not everywhere
 
 NIFTI, INPUT = OUTPUT_FORMATS = ("nifti", "input")
 _TIFF_DESCRIPTION = 270
+_QFORM_TOLERANCE = 1e-2  # mm
 _FORM_FIELDS = (
     "qform_code",
     "sform_code",
@@ -275,6 +276,8 @@ def _take_geometry(header: nib.Nifti1Header, original: nib.Nifti1Header) -> None
 
 
 def _place_in_scanner(image: nib.Nifti1Image) -> None:
-    """Say that the affine leads to the coordinates of the scanner, as DICOM has them, in both transforms."""
+    """Say that the affine leads to the coordinates of the scanner, as DICOM has them; shear in the sform alone."""
     image.set_sform(image.affine, code="scanner")
     image.set_qform(image.affine, code="scanner")
+    if not np.allclose(image.get_qform(), image.affine, atol=_QFORM_TOLERANCE):  # which holds no shear
+        image.set_qform(image.affine, code="unknown")

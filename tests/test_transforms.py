@@ -102,7 +102,7 @@ def test_auto_intensity_windows_ct():
 
 def test_nothing_of_the_patient_is_kept_from_a_dicom_header():
     meta = LoadCased("image")({"image": get_testdata_file("CT_small.dcm")})["image"].meta
-    known = {"filename_or_obj", "modality", "slice_axis", "files", "instances", "affine", "space", "words"}
+    known = {"filename_or_obj", "modality", "slice_axis", "axes", "files", "instances", "affine", "space", "words"}
     assert set(map(str, meta)) <= known
     assert all(set(words) <= set(VOCABULARY[kind]) for kind, words in meta["words"].items())
 

@@ -25,7 +25,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import RLELossless
 from pydicom.valuerep import TM, DSfloat
 
-from bundle.dicom.series import PRODUCT, lacks_of_place, slice_places, volume_geometry
+from bundle.dicom.series import PRODUCT, lacks_of_place, slice_places, slice_positions, volume_geometry
 from bundle.results import OUTLINE, CaseResult, SliceResult, heat
 
 MANUFACTURER = "dinov3_spatial_ar team"
@@ -205,6 +205,7 @@ def overlay_series(sources: Sequence[Dataset], pictures: np.ndarray, algorithm: 
         One image a slice, with position and orientation if its source has them, so that viewers link and scroll both.
     """
     geometry = None if lacks_of_place(sources) else volume_geometry(sources)
+    positions = slice_positions(sources) if geometry else np.empty((0, 3))
     common = _series(sources, 3, "Anomaly overlay") | {"manufacturer": MANUFACTURER}
     images: list[Dataset] = []
     for index, ((source, frame), picture) in enumerate(zip(slice_places(sources), pictures, strict=True)):
@@ -228,7 +229,7 @@ def overlay_series(sources: Sequence[Dataset], pictures: np.ndarray, algorithm: 
         image.ImageType = ["DERIVED", "SECONDARY", "OVERLAY"]
         image.SourceImageSequence = [_reference(source, frame)]
         if geometry:
-            _place(image, source, geometry, index)
+            _place(image, source, geometry, positions[index])
         else:
             image.PatientOrientation = source.get("PatientOrientation")
             if source.get("PixelSpacing"):
@@ -237,11 +238,11 @@ def overlay_series(sources: Sequence[Dataset], pictures: np.ndarray, algorithm: 
     return images
 
 
-def _place(image: Dataset, source: Dataset, geometry: hd.VolumeGeometry, index: int) -> None:
-    """Put ``image`` at the place of slice ``index``."""
+def _place(image: Dataset, source: Dataset, geometry: hd.VolumeGeometry, position: np.ndarray) -> None:
+    """Put ``image`` at the ``position`` [3] of its slice."""
     image.FrameOfReferenceUID = source.FrameOfReferenceUID
     image.PositionReferenceIndicator = source.get("PositionReferenceIndicator", "")
-    plane = geometry.get_plane_position(index)[0]
+    plane = hd.PlanePositionSequence(hd.CoordinateSystemNames.PATIENT, position.tolist())[0]
     image.ImagePositionPatient = plane.ImagePositionPatient
     image.ImageOrientationPatient = geometry.get_plane_orientation()[0].ImageOrientationPatient
     image.PixelSpacing = [DSfloat(side, auto_format=True) for side in geometry.pixel_spacing]

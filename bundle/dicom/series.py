@@ -1,9 +1,10 @@
 """DICOM files to series, and a series to a volume with its affine, or to one line that says why it is none.
 
 A series is an ordered volume only if its slices have one size, spacing and orientation and stand in line at equal
-distances: anything else is refused, for a wrong geometry would not be seen in the result. Slices of a series and frames
-of a multi-frame image pass the same checks. Pixels are decoded by pydicom's plugins, if what the header claims fits the
-file: see :mod:`bundle.limits` and :mod:`bundle.dicom.decoding`.
+distances: anything else is refused, for a wrong geometry would not be seen in the result. The line may be tilted
+against the slices, as with a gantry. Slices of a series and frames of a multi-frame image pass the same checks. Pixels
+are decoded by pydicom's plugins, if what the header claims fits the file: see :mod:`bundle.limits` and
+:mod:`bundle.dicom.decoding`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # it needs pydicom 3; headers can be read and checked without
     import highdicom as hd
 
 SPACING_TOLERANCE = 0.05  # of the distance of two slices, relative; scanners round positions, a missing slice is 1
+STEEPEST = 2**0.5  # of the way from slice to slice, relative to their distance: a tilt of 45 degrees; gantries have 30
 SIDE_TOLERANCE = 1e-3  # of the sides of a pixel, relative
 ANGLE_TOLERANCE = 1e-3  # of direction cosines; positions in files have few digits
 PRODUCT = "dinov3_spatial_ar"  # ManufacturerModelName of what this bundle writes
@@ -154,7 +156,7 @@ class DicomVolume(NamedTuple):
 
     Attributes:
         pixels: [C, x, y, slices] float32, C = 1 or 3, after rescale slope and intercept; padding is the lowest value.
-        affine: [4, 4], from voxel indices to mm in RAS.
+        affine: [4, 4], from voxel indices to mm in RAS; sheared where the gantry was tilted, see :func:`is_tilted`.
         modality: ``MR``, ``CT``, ...
         files: of the slices, with their headers.
         instances: InstanceNumber of every slice, in order; the frame number for multi-frame images.
@@ -342,17 +344,42 @@ def lacks_of_place(sources: Sequence[Dataset]) -> str:
 
 
 def volume_geometry(sources: Sequence[Dataset]) -> hd.VolumeGeometry:
-    """The grid [slices, rows, columns] of ``sources``, placed headers in the order of :func:`read_headers`."""
+    """The grid [slices, rows, columns] of ``sources``, placed headers in the order of :func:`read_headers`.
+
+    It is straight: where the gantry was tilted, only :func:`slice_positions` says where slices are.
+    """
     import highdicom as hd
 
     first = sources[0]
     order, affine = _stack(sources)
+    affine[:3, 2] -= tilt_of(affine)
     return hd.VolumeGeometry(
         affine[:, [2, 1, 0, 3]],
         (len(order), first.Rows, first.Columns),
         coordinate_system="PATIENT",
         frame_of_reference_uid=first.FrameOfReferenceUID,
     )
+
+
+def slice_positions(sources: Sequence[Dataset]) -> np.ndarray:
+    """Where the first pixel of each slice of such ``sources`` lies: [slices, 3] mm in DICOM's frame."""
+    order, affine = _stack(sources)
+    return affine[:3, 3] + np.arange(len(order))[:, None] * affine[:3, 2]
+
+
+def tilt_of(affine: np.ndarray, axis: int = 2) -> np.ndarray:
+    """How far each slice along ``axis`` lies beside the one before, in their plane: [3] mm; 0 in a straight stack."""
+    side, other = np.delete(affine[:3, :3], axis, axis=1).T
+    normal = np.cross(side, other)
+    step = affine[:3, axis]
+    return np.asarray(step - normal * (step @ normal) / (normal @ normal))
+
+
+def is_tilted(affine: np.ndarray, slices: int, axis: int = 2) -> bool:
+    """Whether a stack of ``slices`` along ``axis`` is sheared by more than positions in files are rounded."""
+    tilt = tilt_of(affine, axis)
+    step = np.linalg.norm(affine[:3, axis] - tilt)
+    return bool(np.linalg.norm(tilt) * (slices - 1) > SPACING_TOLERANCE * step)
 
 
 def slice_places(sources: Sequence[Dataset]) -> list[tuple[Dataset, int | None]]:
@@ -512,13 +539,13 @@ def _stack(datasets: Sequence[Dataset]) -> _Stack:
             )
     if len({str(dataset.get("FrameOfReferenceUID")) for dataset in datasets}) > 1:
         raise BundleError(f"'{place}' mixes frames of reference (the patient was moved): separate its slices")
-    order, step = _in_line(place, planes) if len(planes) > 1 else ([0], first.thickness)
+    order, step = _in_line(place, planes) if len(planes) > 1 else ([0], first.normal * first.thickness)
     affine = np.eye(4)
     affine[:3] = np.stack(
         [
             first.cosines[0] * first.spacing[0],
             first.cosines[1] * first.spacing[1],
-            first.normal * step,
+            step,
             planes[order[0]].position,
         ],
         axis=1,
@@ -542,8 +569,10 @@ def _check_instances(datasets: Sequence[Dataset]) -> None:
             )
 
 
-def _in_line(place: Any, planes: Sequence[_Plane]) -> tuple[list[int], float]:
-    """The order of ``planes`` along their normal, and their distance in mm.
+def _in_line(place: Any, planes: Sequence[_Plane]) -> tuple[list[int], np.ndarray]:
+    """The order of ``planes`` along their normal, and the way from one to the next, [3] mm.
+
+    It is that of the normal, unless the planes stand on another line, as with a tilted gantry.
 
     Raises:
         BundleError: if one is missing, twice there, or off the line.
@@ -564,15 +593,17 @@ def _in_line(place: Any, planes: Sequence[_Plane]) -> tuple[list[int], float]:
             f"'{place}' lacks slices: '{names[at]}' and '{names[at + 1]}' are {gaps[at]:.2f} mm apart, others "
             f"{usual:.2f} mm: complete the series, or skip such files with --on_error skip"
         )
-    step = float(heights[order[-1]] - heights[order[0]]) / len(gaps)
-    line = positions[order[0]] + step * np.arange(len(order))[:, None] * normal
-    off = np.linalg.norm(positions[order] - line, axis=1)
-    if off.max() > SPACING_TOLERANCE * usual:
-        raise BundleError(
-            f"'{place}' is no straight stack: '{names[int(off.argmax())]}' stands {off.max():.2f} mm off, as with a "
-            "tilted gantry or a moved table: resample it to a straight volume"
-        )
-    return order.tolist(), step
+    way = (positions[order[-1]] - positions[order[0]]) / len(gaps)
+    upright = normal * (way @ normal)
+    for step in (upright, way):
+        line = positions[order[0]] + np.arange(len(order))[:, None] * step
+        off = np.linalg.norm(positions[order] - line, axis=1)
+        if off.max() <= SPACING_TOLERANCE * usual and np.linalg.norm(step) <= STEEPEST * np.linalg.norm(upright):
+            return order.tolist(), step
+    raise BundleError(
+        f"'{place}' is no straight stack: '{names[int(off.argmax())]}' stands {off.max():.2f} mm off the line of the "
+        "others, as with a moved table: resample it to a straight volume"
+    )
 
 
 def _stacked_twice(place: Any, heights: np.ndarray, one: _Plane, other: _Plane) -> BundleError:

@@ -10,6 +10,7 @@ from bundle.transforms.intensity import (
 from bundle.transforms.loading import LoadCased, RequireDicomd
 from bundle.transforms.masks import ReadMaskd
 from bundle.transforms.slices import ExtractSlicesd, OrientSlicesd
+from bundle.transforms.stacks import StraightenStackd
 
 __all__ = [
     "HOUNSFIELD_WINDOWS",
@@ -21,5 +22,6 @@ __all__ = [
     "ScaleForegroundPercentiles",
     "ScaleHounsfieldWindow",
     "ScaleIntensityByModalityd",
+    "StraightenStackd",
     "ToEvaluationGridd",
 ]

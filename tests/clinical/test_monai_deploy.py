@@ -436,6 +436,13 @@ def two_at_one_position(images):
     return images
 
 
+def tilt(images):
+    for number, image in enumerate(images):
+        x, y, z = image.ImagePositionPatient
+        image.ImagePositionPatient = [x, round(float(y) + number, 4), z]
+    return images
+
+
 def only_one(images):
     return images[:1]
 
@@ -446,6 +453,7 @@ def only_one(images):
         (drop_third, "lacks slices"),
         (two_at_one_position, "several slices at one position"),
         (only_one, "has one slice"),
+        (tilt, "tilted gantry"),
     ],
 )
 def test_a_series_that_is_no_volume_is_one_line_and_no_result(run_app, tmp_path, damage, words):

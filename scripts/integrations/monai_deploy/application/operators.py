@@ -23,7 +23,7 @@ from pydicom.misc import is_dicom
 from bundle import __version__
 from bundle.dicom.objects import Algorithm, write_objects
 from bundle.dicom.selection import SeriesRule, choose
-from bundle.dicom.series import group_series, read_headers, read_volume
+from bundle.dicom.series import group_series, is_tilted, read_headers, read_volume
 from bundle.dicom.words import header_words
 from bundle.errors import BundleError
 from bundle.figures import blend_slices
@@ -158,13 +158,18 @@ class VolumeReader(DICOMSeriesToVolumeOperator):
         """The volume [C, x, y, slices] with an affine to RAS.
 
         Raises:
-            BundleError: if the series is no volume, or has no position.
+            BundleError: if the series is no straight volume, or has no position.
         """
         selected = study_selected_series_list[0].selected_series[0]
         volume = read_volume(files_of(selected.series))
         if volume.pixels.shape[-1] < 2:
             raise BundleError(
                 "the selected series has one slice: a volume is needed, change the selections of app.yaml"
+            )
+        if is_tilted(volume.affine, volume.pixels.shape[-1]):
+            raise BundleError(
+                "the selected series was taken with a tilted gantry, which this application does not read: give it to "
+                "the command inferring"
             )
         selected.image = Image(
             volume.pixels,
