@@ -70,7 +70,7 @@ def data_of(header: str | os.PathLike) -> Path | None:
     with path.open("rb") as stream:
         found = _DATA_FILE.search(stream.read(_LONGEST_HEADER))
     name = os.fsdecode(found[1]) if found else LOCAL
-    return None if name == LOCAL or name.startswith("LIST") else path.parent / name
+    return None if name.upper() == LOCAL or name.startswith("LIST") else path.parent / name
 
 
 def state_of(source: Source) -> list[tuple[int, int] | None]:

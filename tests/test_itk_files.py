@@ -180,6 +180,12 @@ def test_a_header_leads_to_no_file_elsewhere(secret, named):
     assert re.search("must be in one file beside it|no file at|is a folder|damaged or unclear", refusal(file))
 
 
+def test_a_file_that_is_called_as_what_follows_a_header_is_not_read(secret):
+    file = saved(volume(), secret.parent.parent / "here" / "a.mhd", packed=False)
+    file.with_suffix(".raw").rename(file.with_name("local"))
+    assert "must be in one file beside it" in refusal(changed(file, b"a.raw", b"local"))
+
+
 def test_a_header_leads_through_no_link(secret):
     file = saved(volume(), secret.parent.parent / "here" / "a.mhd", packed=False)
     file.with_suffix(".raw").unlink()
@@ -215,6 +221,9 @@ def test_a_nrrd_header_beside_its_data_is_refused_in_one_line(tmp_path):
         (b"ElementType = MET_SHORT", b"ElementType = MET_SHORT_ARRAY"),
         (b"ElementType = MET_SHORT", b"ElementType = MET_SHORT\nElementNumberOfChannels = 999999"),
         (b"BinaryData = True", b"BinaryData = False"),
+        (b"CompressedData = False", b"CompressedData = true"),
+        (b"CompressedData = False", b"CompressedData = True\nCompressedDataSize = -5"),
+        (b"ElementType = MET_SHORT", b"ElementType = MET_SHORT\nElementNumberOfChannels = -1"),
         (b"CompressedData = False", b"CompressedData = True\nCompressedDataSize = 99999999999"),
         (b"ElementDataFile = LOCAL", b"ElementDataFile = local\nElementDataFile = LOCAL"),
         (b"ElementSpacing = ", b"ElementSpacing = 0 0 0\nElementSize = "),
@@ -292,6 +301,15 @@ def test_results_in_the_format_of_the_input_are_those_in_nifti(tmp_path, suffix)
             np.testing.assert_allclose(getattr(found, of)(), getattr(same, of)(), atol=1e-5)
     assert SimpleITK.GetArrayFromImage(expected[0]).std() > 0
     assert results(tmp_path / "out", "flat", suffix)[0].GetSize() == (32, 24)
+
+
+@pytest.mark.slow
+def test_workers_read_after_their_parent_has(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        saved(volume((32, 24, 3), seed=number), tmp_path / "in" / f"{number}.nrrd")
+    infer(tmp_path / "in", tmp_path / "out", num_workers=2)
+    assert len([name for name in left_in(tmp_path / "out") if name.endswith("_map.nii.gz")]) == 4
 
 
 @pytest.mark.slow

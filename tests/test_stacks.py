@@ -237,6 +237,14 @@ def test_inference_writes_results_on_the_slices_of_a_tilted_series(tmp_path):
     assert len(dcmread(tmp_path / "out" / "p_heatmap.dcm").PerFrameFunctionalGroupsSequence) == 12
 
 
+@pytest.mark.slow
+def test_workers_straighten_after_their_parent_has(tmp_path):
+    for name in "abc":
+        tilted_series(tmp_path / "in" / name)
+    infer(tmp_path / "in", tmp_path / "out", num_workers=2)
+    assert len(list((tmp_path / "out").glob("*_map.nii.gz"))) == 3
+
+
 def test_a_table_that_moved_once_is_no_tilted_gantry(tmp_path):
     def change(images):
         for image in images[7:]:

@@ -52,6 +52,8 @@ _META_COUNTS: dict[str, Callable[[int], int]] = {
     **dict.fromkeys(("ElementToIntensityFunctionSlope", "ElementToIntensityFunctionOffset"), lambda rank: 1),
     "Color": lambda rank: 4,
 }
+_META_SWITCHES = ("BinaryData", "BinaryDataByteOrderMSB", "ElementByteOrderMSB", "CompressedData")
+_META_LEAST = {"ElementNumberOfChannels": 1, "HeaderSize": 0, "CompressedDataSize": 0}
 _META_DIRECTIONS = ("TransformMatrix", "Orientation", "Rotation")
 _NRRD_MAGIC = re.compile(r"NRRD000[1-5]\r?")
 _NRRD_LINE = re.compile(r"([a-z][a-z ]*): *([^\s:].*?)[ \t]*\r?", re.IGNORECASE | re.ASCII)
@@ -146,14 +148,17 @@ def _meta_header(path: str) -> _Header:
         count = _META_COUNTS.get(found[1], lambda rank: 0)(int(fields.get("NDims", 0)))
         if found[1] in _META_COUNTS and not _are_numbers(found[2], count):
             raise _unclear(path, line)
+        if found[1] in _META_SWITCHES and found[2] not in ("True", "False"):
+            raise _unclear(path, line)
+        if found[1] in _META_LEAST and int(found[2]) < _META_LEAST[found[1]]:
+            raise _unclear(path, line)
         if found[1] == "ElementDataFile":
             break
     _check_told(path, fields, ("NDims", "DimSize", "ElementType", "ElementDataFile"))
     if fields.get("BinaryData", "True") != "True":
         raise BundleError(f"'{path}' has its voxels as text: save it as binary")
     name, beside = fields["ElementDataFile"], data_of(path)
-    skipped = int(fields.get("HeaderSize", 0))
-    if skipped < 0 or (name != LOCAL and (beside is None or beside.name != name or beside.is_symlink())):
+    if name != LOCAL and (beside is None or beside.name != name or beside.is_symlink()):
         raise BundleError(
             f"'{path}' has its voxels in '{name}': they must be in one file beside it, no link; save it as .mha"
         )
@@ -162,7 +167,7 @@ def _meta_header(path: str) -> _Header:
         int(fields.get("ElementNumberOfChannels", 1)),
         fields["ElementType"],
         beside or Path(path),
-        skipped if name != LOCAL else start,
+        int(fields.get("HeaderSize", 0)) if name != LOCAL else start,
         zlib.MAX_WBITS + 32 if fields.get("CompressedData", "False") == "True" else None,
         int(fields.get("CompressedDataSize", 0)),
         any(field in fields for field in _META_DIRECTIONS),
