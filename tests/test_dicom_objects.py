@@ -282,8 +282,8 @@ def radiograph(folder, modality="DX"):
     return write_series([image], folder)
 
 
-@pytest.mark.parametrize("modality", ["CR", "DX", "MG"])
-def test_a_radiograph_gets_report_and_overlay_and_a_line_that_says_why_no_more(tmp_path, caplog, modality):
+@pytest.mark.parametrize("modality", ["CR", "DX", "MG", "US", "XA", "ES", "OT"])
+def test_a_radiograph_or_photograph_gets_report_and_overlay_and_a_line_on_what_it_lacks(tmp_path, caplog, modality):
     files = radiograph(tmp_path / "in", modality)
     with caplog.at_level("WARNING"):
         volume, _ = write(tmp_path / "a", files)

@@ -526,16 +526,51 @@ def test_images_of_one_patient_alone_cannot_be_split(tmp_path):
         find_splits(tmp_path)
 
 
-def test_views_of_a_series_of_radiographs_are_images_of_their_own(tmp_path):
-    def two_views(images):
+def without_places(modality):
+    def change(images):
         for image in images:
-            image.Modality = "DX"
+            image.Modality = modality
             del image.ImagePositionPatient, image.ImageOrientationPatient
 
-    series(tmp_path / "s", volume=volume_of(shape=(24, 20, 2)), change=two_views)
+    return change
+
+
+@pytest.mark.parametrize("modality", ["CR", "DX", "MG", "XA", "RF", "US", "ES", "XC", "OP", "OT"])
+def test_views_and_photographs_of_a_series_are_images_of_their_own(tmp_path, modality):
+    one, two = series(tmp_path / "s", volume=volume_of(shape=(24, 20, 2)), change=without_places(modality))
+    assert [case["name"] for case in find_images(tmp_path)] == ["s/IM0001", "s/IM0002"]
+    two.rename(one.with_suffix(".ima"))
     cases = find_images(tmp_path)
-    assert [case["name"] for case in cases] == ["s/IM0001", "s/IM0002"]
+    assert [case["name"] for case in cases] == ["s/IM0001_dcm", "s/IM0001_ima"]
     assert [LoadCased("image")(case)["image"].shape for case in cases] == [(1, 24, 20, 1)] * 2
+
+
+def test_views_with_a_place_are_slices_of_a_volume(tmp_path):
+    series(tmp_path / "s", change=lambda images: [setattr(image, "Modality", "XA") for image in images] and images)
+    [case] = find_images(tmp_path)
+    assert LoadCased("image")(case)["image"].shape == (1, 24, 20, 6)
+
+
+@pytest.mark.parametrize("modality", ["CT", "MR", "PT", "NM", ""])
+def test_slices_that_lost_their_places_are_no_images_of_their_own(tmp_path, modality):
+    series(tmp_path / "s", change=without_places(modality))
+    [case] = find_images(tmp_path)
+    expected = f"has 6 images without positions in one series of modality {modality or '.'}, whose slices"
+    with pytest.raises(BundleError, match=expected):
+        LoadCased("image")(case)
+
+
+def test_photographs_in_color_are_read(tmp_path):
+    def in_color(images):
+        without_places("US")(images)
+        for image in images:
+            gray = image.pixel_array.astype(np.uint8)
+            image.SamplesPerPixel, image.PlanarConfiguration, image.PhotometricInterpretation = 3, 0, "RGB"
+            image.BitsAllocated, image.BitsStored, image.HighBit = 8, 8, 7
+            image.PixelData = np.stack([gray, gray, gray + 1], axis=-1).tobytes()
+
+    series(tmp_path / "s", volume=volume_of(shape=(24, 20, 2)), change=in_color)
+    assert [LoadCased("image")(case)["image"].shape for case in find_images(tmp_path)] == [(3, 24, 20, 1)] * 2
 
 
 def enhanced_of(files, folder):

@@ -58,10 +58,14 @@ _HEADER = [
     "Rows",
     "Modality",
     "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
     "SharedFunctionalGroupsSequence",
 ]
-# views of a series of these are no slices
-_RADIOGRAPHS = ("CR", "DX", "MG")
+# modalities whose images are views or photographs: without a position, those of a series are no slices of a volume
+_RADIOGRAPHS = ("CR", "DX", "MG", "IO", "PX", "RF", "RG", "XA")
+_PHOTOGRAPHS = ("DMS", "ES", "GM", "OP", "OT", "XC")
+_OF_VIEWS = (*_RADIOGRAPHS, *_PHOTOGRAPHS, "US")
 # objects with pixels that are results or doses, not images of a patient
 _DERIVED_MODALITIES = ("SEG", "RTDOSE")
 _PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
@@ -213,9 +217,9 @@ def group_series(files: Iterable[Path]) -> list[Series]:
     """Split ``files`` into what is to be read together, in order of name.
 
     Slices of one series stay together, in any order of files; localizers that share a series with the slices they plan
-    come apart from them. A radiograph, a multi-frame image, a file that is no image, and one that cannot be read stand
-    alone. Files with one SOPInstanceUID and the same bytes, as of an export that was copied twice, count once, by the
-    shortest path.
+    come apart from them. A radiograph, photograph or ultrasound image without a position, a multi-frame image, a file
+    that is no image, and one that cannot be read stand alone. Files with one SOPInstanceUID and the same bytes, as of
+    an export that was copied twice, count once, by the shortest path.
     """
     groups: dict[Any, Series] = {}
     for member in _without_copies([_member(file) for file in files]):
@@ -226,7 +230,7 @@ def group_series(files: Iterable[Path]) -> list[Series]:
 def _member(file: Path) -> _Member:
     try:
         header = _dataset_of(file, stop_before_pixels=True, specific_tags=_HEADER)
-        view = _modality(header) in _RADIOGRAPHS and not header.get("ImagePositionPatient")
+        view = _modality(header) in _OF_VIEWS and not _has_position(header)
         alone = "Rows" not in header or view or _is_multi_frame(header) or not header.get("SeriesInstanceUID")
         key: Any = file if alone else (str(header.SeriesInstanceUID), _is_localizer(header))
         kind = "localizer" if _is_localizer(header) else "series"
@@ -317,8 +321,9 @@ def read_volume(files: Sequence[Path], max_voxels: int = MAX_VOXELS) -> DicomVol
             )
         if count > 1:
             raise BundleError(
-                f"'{_place(headers)}' has {count} images without positions in one series: give the file of one image, "
-                "or skip such files with --on_error skip"
+                f"'{_place(headers)}' has {count} images without positions in one series of modality "
+                f"{modality or '?'}, whose slices have places: export it anew, give the file of one image, or skip "
+                "such files with --on_error skip"
             )
         columns, rows = _reading(first, _side_of_pixels)
         affine = np.diag([-columns, -rows, 1.0, 1.0])
