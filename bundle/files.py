@@ -11,8 +11,9 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,6 +25,7 @@ PARTIAL = ".partial-"  # begins the name of what is being written
 DAY = 24 * 3600.0  # seconds
 ARTIFACTS = "mlruns"  # MLflow's folder beside its database: many files, and none of ours
 FREE_DISK = "free the disk, then run the same command again"
+_MIDDLE = 2**12  # bytes, a block of most disks
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota or a limit of file size is reached
 _FORMER_PARTIAL = re.compile(r".+\.\d+\.partial|embeddings-\w{8}")  # names of versions before 0.6
 FLAT_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -127,6 +129,43 @@ def _file_digest(path: str, inode: int, size: int, changed: int) -> bytes:
     """SHA-256 of the file at ``path``; what follows it tells one state of the file from another."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()
+
+
+def equal_across(files: Sequence[Path], groups: Sequence[Hashable]) -> list[list[int]]:
+    """Which files equal a file of another group byte by byte.
+
+    Little is read of most files: only those of one size are compared, by a few bytes from their middle, and only those
+    in which these agree are hashed. Files that are empty or missing equal none.
+
+    Args:
+        files: paths.
+        groups: of each file, the group that it belongs to.
+
+    Returns:
+        Indices of equal files, at least two of different groups in each list.
+    """
+    found = [list(range(len(files)))]
+    for sign in (_size_of, _middle_of, file_sha256):
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for number, same in enumerate(found):
+            for index in same:
+                with suppress(OSError):
+                    alike[number, sign(files[index])].append(index)
+        found = [same for same in alike.values() if len({groups[index] for index in same}) > 1]
+    return found
+
+
+def _size_of(file: Path) -> int:
+    if size := file.stat().st_size:
+        return size
+    raise OSError(f"'{file}' is empty")
+
+
+def _middle_of(file: Path) -> bytes:
+    """A few bytes in which files of one kind and size differ; their ends are often alike."""
+    with open(file, "rb") as stream:
+        stream.seek(max(0, file.stat().st_size - _MIDDLE) // 2)
+        return stream.read(_MIDDLE)
 
 
 def partial_prefix() -> str:

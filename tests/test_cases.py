@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import shutil
 import unicodedata
 from itertools import chain
 from pathlib import Path
@@ -15,18 +16,23 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose
 from PIL import Image
 from pydicom.data import get_testdata_file
+from test_dicom_series import identity
 
 from bundle.data import find_images, find_splits, keep_readable, read_splits
 from bundle.data.cases import _named, add_keys, number_patients
+from bundle.dicom.mr import mr_series, write_series
 from bundle.errors import BundleError
-from bundle.files import content_key
+from bundle.files import content_key, equal_across
 from bundle.manifest import Manifest
 from bundle.transforms import ExtractSlicesd, LoadCased
 
 
 def picture(path: Path, size=(20, 20), value=100):
+    """A picture that no other path has."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", size, value).save(path)
+    image = Image.new("L", size, value)
+    image.putdata(list(hashlib.sha256(str(path).encode()).digest()[: size[0]]))
+    image.save(path)
 
 
 def bmad(root: Path, train="train/good", valid="valid", ungood="Ungood", label="label", by_kind=False, suffix="png"):
@@ -558,6 +564,116 @@ def test_names_that_do_not_look_like_slices_or_tell_the_patient_raise_no_warning
         picture(tmp_path / f"{name}.png")
     find_splits(tmp_path)
     assert caplog.text == ""
+
+
+# images in two splits
+
+
+def volume_in(path: Path):
+    values = np.random.default_rng(path.name.encode()[0]).integers(0, 99, (20, 20, 4), np.uint8)
+    nib.save(nib.Nifti1Image(values, np.eye(4)), path)
+
+
+def study_in(folder: Path):
+    write_series(mr_series(np.ones((20, 20, 3), np.uint16), np.eye(4), identity(folder.name)), folder)
+
+
+KINDS = {".png": picture, ".nii": volume_in, "": study_in}  # by suffix; a folder is a DICOM series
+
+
+def set_with_a_copy(root: Path, suffix: str):
+    """Two healthy images to train on, one to validate, and one of the former among the test images."""
+    for name in ("a", "b", "c"):
+        KINDS[suffix](root / f"{name}{suffix}")
+    (shutil.copytree if suffix == "" else shutil.copy)(root / f"b{suffix}", root / f"copy{suffix}")
+    lists = {"training": ["a", "b"], "validation": ["c"], "test": ["copy"]}
+    items = {
+        split: [{"image": f"{name}{suffix}", "label": 0, "patient": name} for name in names]
+        for split, names in lists.items()
+    }
+    (root / "datalist.json").write_text(json.dumps(items))
+    return root / "datalist.json"
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_an_image_that_is_in_two_splits_is_named_in_one_line(tmp_path, caplog, suffix):
+    splits = find_splits(set_with_a_copy(tmp_path, suffix))
+    [line] = caplog.messages
+    pair = f"'{tmp_path / 'b'}{suffix}' (training) and '{tmp_path / 'copy'}{suffix}' (test), and results look better"
+    assert line.startswith(f"1 image is in two splits, such as {pair}")
+    assert [len(splits[split]) for split in ("training", "validation", "test")] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_images_in_two_splits_are_refused_or_left_out_of_the_first_on_request(tmp_path, caplog, suffix):
+    data = set_with_a_copy(tmp_path, suffix)
+    with pytest.raises(BundleError, match="1 image is in two splits, .*: remove one of each pair, or give --on_copies"):
+        find_splits(data, on_copies="raise")
+    splits = find_splits(data, on_copies="skip")
+    names = {split: [case["name"] for case in cases] for split, cases in splits.items()}
+    assert names == {"training": ["a"], "validation": ["c"], "test": ["copy"]}
+    assert "1 image is in two splits" in caplog.text and "left out of the first of both" in caplog.text
+
+
+def test_copies_in_bmad_folders_are_counted_once_each_and_masks_may_be_equal(tmp_path, caplog):
+    root = bmad(tmp_path)
+    for mask in root.rglob("label/*.png"):
+        Image.new("L", (20, 20)).save(mask)  # all black
+    find_splits(root, on_copies="raise")
+    for name in ("t2", "t3"):
+        shutil.copy(root / "train/good/h1.png", root / f"test/Ungood/img/{name}.png")
+    shutil.copy(root / "valid/good/img/v1.png", root / "test/good/img/t1.png")
+    find_splits(root)
+    assert "2 images are in two splits" in caplog.text
+
+
+def test_a_healthy_image_is_not_in_training_and_validation_both_on_request(tmp_path):
+    for name in ("a", "b", "c"):
+        picture(tmp_path / f"{name}.png")
+        shutil.copy(tmp_path / f"{name}.png", tmp_path / f"{name}_2.png")
+    splits = find_splits(tmp_path, on_copies="skip")
+    assert len(splits["training"]) == 4 and len(splits["validation"]) == 1
+    assert not {Path(case["image"]).stem[0] for case in splits["training"]} & {
+        Path(case["image"]).stem[0] for case in splits["validation"]
+    }
+
+
+def test_a_split_of_nothing_but_copies_is_refused(tmp_path):
+    for split in ("train", "valid", "test"):
+        for name in ("a", "b"):
+            picture(tmp_path / "x" / f"{name}.png")
+            (tmp_path / split / "good").mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "x" / f"{name}.png", tmp_path / split / "good" / f"{name}.png")
+    with pytest.raises(BundleError, match="each training image is in another split, too"):
+        find_splits(tmp_path, on_copies="skip")
+
+
+def test_a_dicom_image_that_was_stored_anew_under_its_uid_is_a_copy(tmp_path, caplog):
+    data = set_with_a_copy(tmp_path, "")
+    for file in (tmp_path / "copy").iterdir():
+        image = pydicom.dcmread(file)
+        image.PatientID = image.PatientName = "another"
+        image.save_as(file)
+    find_splits(data)
+    assert "1 image is in two splits" in caplog.text
+
+
+def test_files_of_one_size_are_told_apart_by_a_few_bytes(tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr("bundle.files.file_sha256", lambda file: hashed.append(file) or b"")
+    files = [tmp_path / f"{number}.bin" for number in range(4)]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes(2**20) + bytes([number // 2]) + bytes(2**20))
+    assert equal_across(files, [0, 1, 2, 3]) == [[0, 1], [2, 3]]
+    assert equal_across(files, [0, 0, 1, 1]) == []
+    assert hashed == files
+    assert equal_across([files[0], tmp_path / "missing"], [0, 1]) == []
+
+
+def test_a_misspelled_on_copies_is_named(tmp_path):
+    picture(tmp_path / "a.png")
+    with pytest.raises(BundleError, match="on_copies"):
+        find_splits(tmp_path, on_copies="wran")
 
 
 def test_patients_have_numbers_and_a_case_of_nobody_known_one_of_its_own():

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeAlias
 from tqdm import tqdm
 
 from bundle.dicom.selection import Choice, SeriesRule, choose
-from bundle.dicom.series import Series, group_series, patient_of
+from bundle.dicom.series import Series, group_series, patient_of, uid_of
 from bundle.distributed import gather, shard
 from bundle.errors import BundleError, check_choice, user_error
 from bundle.files import (
@@ -37,6 +37,7 @@ from bundle.files import (
     VOLUME_SUFFIXES,
     Source,
     content_key,
+    equal_across,
     files_of,
     is_text,
     parts_of,
@@ -48,6 +49,7 @@ from bundle.transforms.loading import is_dicom_file
 Case: TypeAlias = dict[str, Any]
 
 SPLITS = ("training", "validation", "test")
+ON_COPIES = ("warn", "raise", "skip")
 VALIDATION_SHARE = 0.1  # of the healthy training cases, where a set brings no healthy validation cases of its own
 
 LONGEST_NAME = 240  # bytes of a result's name without suffix: file systems take 255
@@ -155,8 +157,9 @@ def find_splits(
     healthy_images: int | None = None,
     follow_links: bool = False,
     results: Manifest | None = None,
+    on_copies: str = "warn",
 ) -> dict[str, list[Case]]:
-    """The cases of each split of a data set; nothing is read but names.
+    """The cases of each split of a data set; of most files nothing is read but their names.
 
     Args:
         dataset_dir: a folder in BMAD layout (``train/good``, ``valid``, ``test``, in any of BMAD's spellings), a folder
@@ -174,6 +177,8 @@ def find_splits(
         follow_links: read what links lead to that lead out of the folder. The folder itself may be a link, and a
             datalist may name any file.
         results: of earlier runs in the output folder, which are not looked for in a folder; None: nothing is written.
+        on_copies: where training images are needed, what to do with images that are in two splits: ``warn``, ``raise``,
+            or ``skip``, which leaves them out of the first of the two.
 
     Returns:
         ``training``, ``validation``, ``test``: lists of cases; the first two hold healthy cases only, since nothing may
@@ -181,10 +186,12 @@ def find_splits(
 
     Raises:
         BundleError: if the folder is missing or empty, a mask is missing, healthy images of fewer than two patients are
-            found, a patient is in more than one split, anomalous or test images lie where only healthy ones are looked
-            for, ``patient_pattern`` is no regular expression or matches nothing, test images alone are needed and there
-            is none, a link leads out of the folder, or a needed image or its mask lies in the output folder.
+            found, a patient or, on request, an image is in more than one split, anomalous or test images lie where only
+            healthy ones are looked for, ``patient_pattern`` is no regular expression or matches nothing, test images
+            alone are needed and there is none, a link leads out of the folder, or a needed image or its mask lies in
+            the output folder.
     """
+    check_choice("on_copies", on_copies, ON_COPIES)
     path = Path(os.path.abspath(dataset_dir))  # '.' has a name, too
     if not path.exists():
         raise BundleError(
@@ -206,6 +213,7 @@ def find_splits(
         else:
             _take_folders_for_patients([case for split in SPLITS for case in splits[split]])
         splits |= _healthy(splits, path, seed)
+        splits = _handle_copies(splits, on_copies)
         splits["training"] = _drawn(splits["training"], healthy_images, seed)
     if list(needed) == ["test"] and not splits["test"]:
         raise BundleError(f"'{path}' has no test images: put them into test/good and test/Ungood")
@@ -301,17 +309,67 @@ def _check_patients(splits: dict[str, list[Case]]) -> None:
                 )
 
 
+def _handle_copies(splits: dict[str, list[Case]], on_copies: str) -> dict[str, list[Case]]:
+    """Name images that are in two splits, or leave them out of the first of both.
+
+    They are files that are equal byte by byte, and DICOM images and series of one UID. Test images always stay, so that
+    scores can be compared with those of others.
+    """
+    found = _copies(splits)
+    if not found:
+        return splits
+    (first, case), *_, (last, other) = found[0]
+    left = {id(case) for same in found for split, case in same if split != same[-1][0]}
+    told = (
+        f"{len(left)} image{'s are' if len(left) > 1 else ' is'} in two splits, such as '{place_of(case)}' ({first}) "
+        f"and '{place_of(other)}' ({last})"
+    )
+    if on_copies == "raise":
+        raise BundleError(f"{told}: remove one of each pair, or give --on_copies skip")
+    if on_copies == "warn":
+        logger.warning(f"{told}, and results look better than they are: give --on_copies skip to use each once")
+        return splits
+    logger.warning(f"{told}: left out of the first of both")
+    kept = {split: [case for case in cases if id(case) not in left] for split, cases in splits.items()}
+    for split, cases in splits.items():
+        if cases and not kept[split]:
+            raise BundleError(
+                f"each {split} image is in another split, too, such as '{place_of(cases[0])}': give others, or "
+                "--on_copies warn to use them all the same"
+            )
+    return kept
+
+
+def _copies(splits: Mapping[str, list[Case]]) -> list[list[tuple[str, Case]]]:
+    """Cases of different splits that hold one image, with their splits in the order of :data:`SPLITS`."""
+    cases = [(split, case) for split in SPLITS for case in splits[split]]
+    parts = [(file, index) for index, (_, case) in enumerate(cases) for file in files_of(case["image"])]
+    equal = equal_across([file for file, _ in parts], [cases[index][0] for _, index in parts])
+    found = {tuple(sorted({parts[part][1] for part in same})) for same in equal}
+    of_uid: dict[str, list[int]] = {}
+    for index, (_, case) in enumerate(cases):
+        if (file := _dicom_file(case)) and (uid := uid_of(file, of_series=len(files_of(case["image"])) > 1)):
+            of_uid.setdefault(uid, []).append(index)
+    found |= {tuple(same) for same in of_uid.values() if len({cases[index][0] for index in same}) > 1}
+    return [[cases[index] for index in same] for same in sorted(found)]
+
+
 def _patient(case: Case) -> str | None:
     """Whose image it is, if that is known; never shown."""
     if case.get("patient") is not None:
         return str(case["patient"])
-    source = case["image"]
-    nameless = isinstance(source, str) and source.lower().endswith((*FLAT_SUFFIXES, *VOLUME_SUFFIXES))
-    for file in () if nameless else filter(Path.is_file, files_of(source)):
-        if is_dicom_file(file):
-            return patient_of(file)
+    if file := _dicom_file(case):
+        return patient_of(file)
     subject = _BIDS_SUBJECT.search(Path(case["name"]).as_posix())
     return subject[1] if subject else None
+
+
+def _dicom_file(case: Case) -> Path | None:
+    """The first DICOM file of an image; None where it has none."""
+    source = case["image"]
+    if isinstance(source, str) and source.lower().endswith((*FLAT_SUFFIXES, *VOLUME_SUFFIXES)):
+        return None
+    return next((file for file in files_of(source) if file.is_file() and is_dicom_file(file)), None)
 
 
 def _owner(case: Case) -> str:

@@ -24,7 +24,8 @@ class SplitFinder:
     """The cases of a data set, found when they are first asked for, and once.
 
     Args:
-        dataset_dir, seed, needed, patient_pattern, healthy_images, follow_links: see :func:`~bundle.data.find_splits`.
+        dataset_dir, seed, needed, patient_pattern, healthy_images, follow_links, on_copies: see
+            :func:`~bundle.data.find_splits`.
         output_dir: the folder of the results, in which no image may lie; None: nothing is written.
     """
 
@@ -37,9 +38,11 @@ class SplitFinder:
         healthy_images: int | None = None,
         follow_links: bool = False,
         output_dir: str | os.PathLike | None = None,
+        on_copies: str = "warn",
     ) -> None:
         self.dataset_dir = dataset_dir
         self.output_dir = output_dir
+        self.on_copies = on_copies
         self.arguments = (seed, needed, patient_pattern, healthy_images, follow_links)
 
     @property
@@ -51,7 +54,7 @@ class SplitFinder:
     def splits(self) -> dict[str, list[Case]]:
         """The cases of each split; raises what :func:`~bundle.data.find_splits` does."""
         results = None if self.output_dir is None else Manifest(self.output_dir)
-        return find_splits(self.dataset_dir, *self.arguments, results)
+        return find_splits(self.dataset_dir, *self.arguments, results, self.on_copies)
 
 
 def settings_for(values: Mapping[str, Any], finder: SplitFinder) -> Settings:

@@ -268,6 +268,16 @@ def patient_of(file: Path) -> str | None:
         return None
 
 
+def uid_of(file: Path, of_series: bool = False) -> str | None:
+    """The UID of the image in a file, or of its series; None if unknown."""
+    keyword = "SeriesInstanceUID" if of_series else "SOPInstanceUID"
+    try:
+        header = _dataset_of(file, stop_before_pixels=True, specific_tags=[keyword])
+        return str(header.get(keyword) or "") or None
+    except Exception:  # as above
+        return None
+
+
 def modality_in(file: Path) -> str:
     """The modality in the header of a DICOM file, such as ``CT``; raises what pydicom does if it is damaged."""
     return _modality(_dataset_of(file, stop_before_pixels=True, specific_tags=["Modality"]))
