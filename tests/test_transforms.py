@@ -399,6 +399,17 @@ def test_a_mask_may_be_stored_with_other_axes_than_its_image(tmp_path):
     np.testing.assert_array_equal(case["mask"].numpy()[0], values > 0.9)
 
 
+def test_a_mask_with_other_axes_is_cut_along_the_slices_of_its_image(tmp_path):
+    values = save_volume(tmp_path / "m.nii.gz", np.diag([1.0, 1.0, 4.0, 1.0]))
+    image = nib.load(tmp_path / "m.nii.gz")
+    nib.save(image.as_reoriented(nib.orientations.axcodes2ornt("ASR")), tmp_path / "v.nii.gz")
+    case = LoadCased(["image", "mask"])({"image": tmp_path / "v.nii.gz", "mask": tmp_path / "m.nii.gz"})
+    assert case["image"].meta["slice_axis"] != 2
+    oriented = OrientSlicesd(["image", "mask"])(case)
+    np.testing.assert_array_equal(oriented["mask"].numpy(), oriented["image"].numpy())
+    assert oriented["mask"].shape[-1] == values.shape[2]
+
+
 def test_a_volume_without_orientation_is_named(tmp_path, caplog):
     save_volume(tmp_path / "v.nii")
     image = nib.load(tmp_path / "v.nii")

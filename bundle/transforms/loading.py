@@ -160,6 +160,7 @@ class LoadCased(MapTransform):
             loaded[key] = load_case(loaded[key], self.channel, self.max_voxels)
             if images and _is_placed(images[0]) and _is_placed(loaded[key]):
                 loaded[key] = turned(loaded[key], turn_between(loaded[key].affine, images[0].affine))
+                loaded[key].meta["slice_axis"] = images[0].meta["slice_axis"]  # its own is of the axes that it had
             images.append(loaded[key])
         for image in images[:1]:
             axis = image.meta["slice_axis"]
