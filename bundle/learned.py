@@ -23,6 +23,7 @@ LABELS = {
     "sequence": "sequence",
     "contrast": "contrast",
     "kernel": "kernel",
+    "plane": "slices",
     "scheme": "intensities read as",
 }
 

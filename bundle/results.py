@@ -43,7 +43,7 @@ class Unlike(NamedTuple):
     """One reason why a case is unlike the training data, so that its map may mean nothing.
 
     Attributes:
-        kind: ``modality``, ``sequence``, ``contrast``, ``kernel``, ``scheme`` or ``appearance``.
+        kind: ``modality``, ``sequence``, ``contrast``, ``kernel``, ``plane``, ``scheme`` or ``appearance``.
         words: for people.
     """
 
@@ -101,6 +101,8 @@ class CaseResult:
         unlike: why it is unlike the training data; empty if it is like them; None where the model cannot tell.
         unlikeness: in deviations above healthy slices, the median of the slices that count; not a number where the
             model cannot tell.
+        cut_plane: that of the slices that the network saw, where the volume was cut into other ones than the model's on
+            request; empty where it was not.
     """
 
     name: str
@@ -113,6 +115,7 @@ class CaseResult:
     on_file: RestoredMap | None = None
     unlike: tuple[Unlike, ...] | None = None
     unlikeness: float = float("nan")
+    cut_plane: str = ""
 
     @classmethod
     def from_output(cls, data: Mapping[str, Any], detector: Any = None) -> CaseResult:
@@ -143,6 +146,7 @@ class CaseResult:
             on_file=None if restored is None else _on_file(restored, data["image"]),
             unlike=unlike,
             unlikeness=unlikeness,
+            cut_plane=str(seen.meta.get("cut_plane", "")),
         )
 
     @cached_property

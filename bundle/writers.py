@@ -201,7 +201,8 @@ class OverlayWriter(Writer):
         """Write the picture, with the score in words."""
         worst = result.slices[result.worst_position]
         instance = f" (instance {worst.instance})" if worst.instance is not None else ""
-        place = f" slice {worst.index}{instance}" if len(result.slices) > 1 else ""
+        plane = f" {result.cut_plane}" if result.cut_plane else ""
+        place = f"{plane} slice {worst.index}{instance}" if len(result.slices) > 1 else ""
         warning = f"UNLIKE THE TRAINING DATA: {result.warning}. " if result.unlike else ""
         score = f"score {result.score:.2f}, threshold {result.threshold:.2f}"
         overlay(

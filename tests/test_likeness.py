@@ -284,7 +284,7 @@ def test_training_keeps_what_its_cases_tell_and_a_later_run_reads_it_from_the_ca
     detector = small_detector(features, foreground="all")
     for _ in range(2):
         healthy = healthy_volumes(tmp_path, detector, "flair")
-        assert healthy.words()["sequence"] == {"flair": 3}
+        assert (healthy.words()["sequence"], healthy.words()["plane"]) == ({"flair": 3}, {"axial": 3})
     detector.set_standardization(*healthy.channel_moments())
     detector.fit_before_training(healthy.batches(), healthy.batches())
     log = SimpleNamespace(log=lambda *_: None)

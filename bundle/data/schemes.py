@@ -12,6 +12,7 @@ from typing import Any
 
 from bundle.data.cases import SPLITS, Case, find_splits
 from bundle.distributed import gather, shard
+from bundle.errors import BundleError
 from bundle.manifest import Manifest
 from bundle.model import Settings
 from bundle.transforms.intensity import scheme_of
@@ -57,7 +58,7 @@ class SplitFinder:
         return find_splits(self.dataset_dir, *self.arguments, results, self.on_copies)
 
 
-def settings_for(values: Mapping[str, Any], finder: SplitFinder) -> Settings:
+def settings_for(values: Mapping[str, Any], finder: SplitFinder, cut_plane: str | None = None) -> Settings:
     """The settings of a model that is to be trained, whose ``intensity`` is the scheme of its training images.
 
     With ``auto``, each image is read by its own header. Where all training images agree, the model keeps their scheme,
@@ -67,10 +68,13 @@ def settings_for(values: Mapping[str, Any], finder: SplitFinder) -> Settings:
     Args:
         values: of settings, as given.
         finder: of the images. Where the data are missing, as for who wants to look at the network only, ``auto`` stays.
+        cut_plane: None, since a model keeps the plane that it learned.
 
     Raises:
-        BundleError: for settings or data that are wrong.
+        BundleError: for settings or data that are wrong, and for a ``cut_plane``.
     """
+    if cut_plane is not None:
+        raise BundleError(f"cut_plane has no part in training: give --slice_plane {cut_plane}")
     settings = Settings(values)
     if settings["intensity"] != "auto" or not finder.exists:
         return settings

@@ -41,6 +41,7 @@ REASONS = {
     "sequence": Code("other-sequence", SCHEME, "Another sequence than in training"),
     "contrast": Code("other-contrast", SCHEME, "Another contrast than in training"),
     "kernel": Code("other-kernel", SCHEME, "Another kernel than in training"),
+    "plane": Code("other-plane", SCHEME, "Slices of another plane than in training"),
     "scheme": Code("other-intensities", SCHEME, "Intensities read in another way than in training"),
     "appearance": Code("other-appearance", SCHEME, "Looks unlike healthy training images"),
 }
@@ -65,11 +66,19 @@ class Algorithm(NamedTuple):
         version: of this bundle.
         weights: SHA-256 of the backbone's weights, or what stands for it.
         model: SHA-256 of the trained model's file.
+        cut_plane: see :class:`~bundle.results.CaseResult`.
     """
 
     version: str
     weights: str
     model: str
+    cut_plane: str = ""
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """What else it was given, in words, by name."""
+        hashes = {"weights sha256": self.weights, "model sha256": self.model}
+        return hashes | ({"cut plane": self.cut_plane} if self.cut_plane else {})
 
 
 def write_objects(
@@ -93,6 +102,7 @@ def write_objects(
         with_segmentation: whether the mask is written, which calls what it marks a lesion.
     """
     sources = [_completed(source) for source in sources]
+    algorithm = algorithm._replace(cut_plane=result.cut_plane)
     mask = None
     if lacking := lacks_of_place(sources):
         logger.warning(
@@ -225,7 +235,7 @@ def overlay_series(sources: Sequence[Dataset], pictures: np.ndarray, algorithm: 
             if keyword in source:
                 image[keyword] = source[keyword]
         image.Laterality = source.get("Laterality", "")
-        image.DerivationDescription = f"{PRODUCT} {algorithm.version}; {_hashes(algorithm)}"
+        image.DerivationDescription = f"{PRODUCT} {algorithm.version}; {'; '.join(_parameters(algorithm))}"
         image.ImageType = ["DERIVED", "SECONDARY", "OVERLAY"]
         image.SourceImageSequence = [_reference(source, frame)]
         if geometry:
@@ -271,7 +281,7 @@ def report(
     identification = sr.AlgorithmIdentification(
         name=PRODUCT,
         version=algorithm.version,
-        parameters=[f"weights sha256 {algorithm.weights}", f"model sha256 {algorithm.model}"],
+        parameters=_parameters(algorithm),
     )
     study = sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(hd.UID(), "study"),
@@ -327,6 +337,9 @@ def _comments(result: CaseResult) -> list[str]:
         "For research only, no diagnosis. An anomaly can be an artifact or a normal variant, and a lesion can be "
         "missed.",
     ]
+    if not result.shows_stored_slices:
+        cut = f"{result.cut_plane} slices on request" if result.cut_plane else "slices of the model's plane"
+        found.append(f"The volume was cut into {cut}, not those that were acquired, so that no slice is named here.")
     if result.unlike:
         found.append(f"To doubt: {result.doubt('the series')}.")
     return found
@@ -432,7 +445,7 @@ def _identification(algorithm: Algorithm) -> hd.AlgorithmIdentificationSequence:
         family=codes.DCM.ArtificialIntelligence,
         version=algorithm.version,
         source=MANUFACTURER,
-        parameters={"weights sha256": algorithm.weights, "model sha256": algorithm.model},
+        parameters=algorithm.parameters,
     )
 
 
@@ -442,12 +455,12 @@ def _contribution(algorithm: Algorithm) -> hd.ContributingEquipment:
         codes.DCM.ProcessingEquipment,
         manufacturer_model_name=PRODUCT,
         software_versions=algorithm.version,
-        contribution_description=_hashes(algorithm),
+        contribution_description="; ".join(_parameters(algorithm)),
     )
 
 
-def _hashes(algorithm: Algorithm) -> str:
-    return f"weights sha256 {algorithm.weights}; model sha256 {algorithm.model}"
+def _parameters(algorithm: Algorithm) -> list[str]:
+    return [f"{name} {value}" for name, value in algorithm.parameters.items()]
 
 
 def _scale_in_words(threshold: float) -> str:
