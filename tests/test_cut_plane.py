@@ -1,22 +1,27 @@
 """A 3D acquisition is cut into slices of another plane on request, and its results lie where it was acquired."""
 
 import csv
+import json
 
 import highdicom as hd
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import ROOT
+from monai.bundle import ConfigParser
 from monai.transforms import Compose, Invertd
 from PIL import Image
 from pydicom import dcmread
 from test_dicom_series import series
-from test_outputs import infer
+from test_outputs import KNOBS, MODEL, infer
 from test_volumes import stored_as
 
+from bundle.checkpoint import save_checkpoint
 from bundle.data import SplitFinder, settings_for
 from bundle.dicom.series import read_headers
 from bundle.errors import BundleError
 from bundle.learned import Learned
+from bundle.model import make_detector
 from bundle.networks.likeness import CaseLikeness
 from bundle.transforms import LoadCased, OrientSlicesd
 
@@ -197,3 +202,35 @@ def test_slices_between_two_planes_tell_none(tmp_path):
 def test_a_training_is_refused_with_the_knob_that_it_has(tmp_path):
     with pytest.raises(BundleError, match="cut_plane has no part in training: give --slice_plane axial"):
         settings_for({}, SplitFinder(tmp_path), cut_plane="axial")
+
+
+@pytest.mark.slow
+def test_an_evaluation_cuts_volumes_and_their_masks_and_tells_it_in_its_protocol(tmp_path):
+    body = np.asarray(volume().dataobj)
+    (tmp_path / "data").mkdir()
+    items = []
+    for name, label in (("healthy", 0), ("anomalous", 1)):
+        mask = np.zeros_like(body)
+        mask[10:14, 10:20, 8:12] = label
+        stored(tmp_path / "data", stored_as(nib.Nifti1Image(mask, AXIAL), "SRA"), f"{name}_mask.nii.gz")
+        stored(tmp_path / "data", sagittal(nib.Nifti1Image(body + 500 * mask, AXIAL)), f"{name}.nii.gz")
+        items.append({"image": f"{name}.nii.gz", "mask": f"{name}_mask.nii.gz", "label": label})
+    (tmp_path / "data" / "datalist.json").write_text(json.dumps({"test": items}))
+    detector = make_detector(MODEL)
+    detector.threshold.fill_(1.0)
+    detector.false_positive_rate.fill_(0.01)
+    save_checkpoint(detector, tmp_path / "model.pt")
+    config = ConfigParser.load_config_files([ROOT / "configs" / name for name in ("train.json", "evaluate.json")])
+    given = {
+        "dataset_dir": str(tmp_path / "data" / "datalist.json"),
+        "output_dir": str(tmp_path / "out"),
+        "checkpoint": str(tmp_path / "model.pt"),
+        "cut_plane": "coronal",
+    }
+    (tmp_path / "out").mkdir()
+    parser = ConfigParser(config | KNOBS | given)
+    parser.get_parsed_content("load_checkpoint")
+    parser.get_parsed_content("evaluator").run()
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert report["protocol"]["cut_plane"] == "coronal"
+    assert report["pixel_auroc"] is not None
