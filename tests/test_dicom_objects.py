@@ -182,6 +182,13 @@ def test_the_segmentation_refers_to_its_sources_and_its_algorithm(written):
     assert "a" * 64 in algorithm.AlgorithmParameters and "b" * 64 in algorithm.AlgorithmParameters
 
 
+def test_images_of_an_odd_number_of_pixels_get_an_overlay(tmp_path):
+    values = np.arange(7 * 9 * 4, dtype=np.int16).reshape(7, 9, 4)
+    volume, _ = write(tmp_path / "a", series(tmp_path / "in", volume=values))
+    shown = [dcmread(file).pixel_array for file in sorted((tmp_path / "a_overlay").iterdir())]
+    np.testing.assert_array_equal(shown, pictures_of(volume))
+
+
 def test_an_empty_mask_is_a_segmentation_too(tmp_path):
     write(tmp_path / "a", series(tmp_path / "in"), threshold=100.0)
     mask = hd.seg.segread(tmp_path / "a_seg.dcm").get_volume(combine_segments=True)
