@@ -85,7 +85,8 @@ def test_the_parametric_map_has_the_heat_of_the_anomaly_map(written):
     np.testing.assert_array_equal(values > 0.5, result.mask)
     np.testing.assert_allclose(affine, volume.affine, atol=1e-5)
     shared = stored.SharedFunctionalGroupsSequence[0]
-    assert float(shared.FrameVOILUTSequence[0].WindowCenter) == 0.5
+    [window] = shared.FrameVOILUTSequence
+    assert (window.WindowCenter, window.WindowWidth) == (0.5, 1.0)
     assert "1 - 2^(-z / 1.5)" in shared.RealWorldValueMappingSequence[0].LUTExplanation
     assert shared.FrameAnatomySequence[0].AnatomicRegionSequence[0].CodeMeaning == "Entire body"
 
@@ -180,6 +181,20 @@ def test_the_segmentation_refers_to_its_sources_and_its_algorithm(written):
     [algorithm] = segment.SegmentationAlgorithmIdentificationSequence
     assert algorithm.AlgorithmVersion == "1.2.3"
     assert "a" * 64 in algorithm.AlgorithmParameters and "b" * 64 in algorithm.AlgorithmParameters
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits"), [((8, 6, 4), 1), ((8, 7, 5), 1), ((6, 10, 3), 8), ((7, 9, 4), 8), ((7, 9, 5), 8)]
+)
+def test_no_frame_of_a_segmentation_begins_within_a_byte(tmp_path, shape, bits):
+    values = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+    _, result = write(tmp_path / "a", series(tmp_path / "in", AFFINES["oblique"], values))
+    stored = hd.seg.segread(tmp_path / "a_seg.dcm")
+    assert stored.BitsAllocated == bits
+    if (length := -(-result.mask.any((0, 1)).sum() * shape[0] * shape[1] * bits // 8)) % 2:
+        assert stored.PixelData[length:] == b"\0"
+    mask, _ = as_xyz(stored.get_volume(combine_segments=True))
+    np.testing.assert_array_equal(mask, result.mask)
 
 
 def test_images_of_an_odd_number_of_pixels_get_an_overlay(tmp_path):

@@ -50,6 +50,13 @@ HEAT = Code("anomaly-heat", SCHEME, "Anomaly from 0 to 1, 0.5 at the threshold")
 _NAMED = ("Abdomen", "Brain", "Breast", "Chest", "Hand", "Head", "Heart", "Knee", "Liver", "Neck", "Pelvis", "Spine")
 REGIONS = {name.upper(): getattr(codes.SCT, name) for name in _NAMED}
 DEVIATIONS = Code("{SD}", "UCUM", "standard deviations above healthy images")
+# how a SEG stores the voxels of a mask
+BITS: dict[str, Any] = {"segmentation_type": seg.SegmentationTypeValues.BINARY}
+BYTES: dict[str, Any] = {
+    "segmentation_type": seg.SegmentationTypeValues.FRACTIONAL,
+    "fractional_type": seg.SegmentationFractionalTypeValues.OCCUPANCY,
+    "max_fractional_value": 1,
+}
 _LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 _LARGEST_NUMBER = 2**31 - 1  # of a series
 
@@ -124,7 +131,11 @@ def write_objects(
 
 
 def segmentation(sources: Sequence[Dataset], mask: np.ndarray, algorithm: Algorithm) -> seg.Segmentation:
-    """The mask as a binary DICOM SEG with the one segment 'anomaly'.
+    """The mask as a DICOM SEG with the one segment 'anomaly'.
+
+    Its voxels are bits, which all readers know, where every frame fills its last byte. Where it does not, the next one
+    begins within a byte: OHIF 3.13.2 takes its bits from the wrong end, and Orthanc serves no single frame. There the
+    SEG is a fractional one of the values 0 and 1, which the same readers take for the same mask.
 
     Args:
         sources: of ``mask``.
@@ -147,7 +158,7 @@ def segmentation(sources: Sequence[Dataset], mask: np.ndarray, algorithm: Algori
         source_images=list(sources),
         pixel_array=_as_stored(sources, mask.astype(np.uint8)),
         pixel_measures=measures,
-        segmentation_type=seg.SegmentationTypeValues.BINARY,
+        **BITS if mask[0].size % 8 == 0 else BYTES,
         segment_descriptions=[segment],
         content_label="ANOMALY",
         content_description="Where the anomaly map exceeds the threshold of the model",
@@ -156,6 +167,7 @@ def segmentation(sources: Sequence[Dataset], mask: np.ndarray, algorithm: Algori
         **_equipment(algorithm),
     )
     _tell_spacing(written, measures)
+    _pad(written)
     return written
 
 
@@ -406,6 +418,13 @@ def _measures(sources: Sequence[Dataset]) -> hd.PixelMeasuresSequence:
         slice_thickness=float(sources[0].get("SliceThickness") or grid.spacing_between_slices),
         spacing_between_slices=grid.spacing_between_slices,
     )
+
+
+def _pad(written: Dataset) -> None:
+    """Let an odd number of bytes end in a null, as PS3.5 demands; OHIF takes highdicom's letter '0' for a voxel."""
+    bits = written.NumberOfFrames * written.Rows * written.Columns * written.BitsAllocated
+    if (length := -(-bits // 8)) % 2:
+        written.PixelData = written.PixelData[:length] + b"\0"
 
 
 def _tell_spacing(written: Dataset, measures: hd.PixelMeasuresSequence) -> None:
