@@ -6,6 +6,7 @@ import pytest
 from pydicom import DataElement, dcmread
 from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_VR
+from pydicom.sr.codedict import codes
 from pydicom.uid import DigitalXRayImageStorageForPresentation
 from test_dicom_series import AFFINES, enhanced_of, identity, jittered, series
 
@@ -150,6 +151,23 @@ def test_the_report_says_what_a_score_means_and_what_to_doubt(tmp_path, unlike):
     assert "standard deviations above the mean of healthy images" in comments
     assert "no diagnosis" in comments
     assert ("modality CT, learned from MR" in comments) == bool(unlike)
+
+
+def test_viewers_show_the_report_as_one_line_for_each_value(tmp_path):
+    write(tmp_path / "a", series(tmp_path / "in"))
+    stored = dcmread(tmp_path / "a_report.dcm")
+    # by that title OHIF looks for drawings, and finds none
+    assert stored.ConceptNameCodeSequence[0].CodeValue != codes.DCM.ImagingMeasurementReport.value
+    assert stored.ContentTemplateSequence[0].TemplateIdentifier == "1500"
+    assert set(continuities(stored)) == {"SEPARATE"}
+
+
+def continuities(item):
+    """How each container wants its content shown."""
+    if item.ValueType == "CONTAINER":
+        yield item.ContinuityOfContent
+    for child in item.get("ContentSequence", []):
+        yield from continuities(child)
 
 
 def test_objects_belong_to_patient_study_and_frame_of_reference(written):

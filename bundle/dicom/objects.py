@@ -30,6 +30,7 @@ from bundle.results import OUTLINE, CaseResult, SliceResult, heat
 
 MANUFACTURER = "dinov3_spatial_ar team"
 SCHEME = "99DINOV3AR"  # of the concepts that no public scheme has
+REPORT = Code("anomaly-report", SCHEME, "Anomaly report")
 ANOMALY_SCORE = Code("anomaly-score", SCHEME, "Anomaly score")
 THRESHOLD = Code("anomaly-threshold", SCHEME, "Threshold of the anomaly score")
 SLICE_SCORE = Code("slice-anomaly-score", SCHEME, "Anomaly score of a slice")
@@ -283,7 +284,8 @@ def report(
 ) -> sr.ComprehensiveSR:
     """A structured report (TID 1500) of the score, the worst slices, and whether the case is like the training data.
 
-    Comments say what a score means. Numbers have two decimals, which is more than they are sure of.
+    Comments say what a score means. Numbers have two decimals, which is more than they are sure of. The title is one of
+    its own, which PS3.16 lets a measurement report have: OHIF shows an 'Imaging Measurement Report' as drawings only.
 
     Args:
         sources: of the slices.
@@ -328,11 +330,12 @@ def report(
         observation_context=sr.ObservationContext(observer_device_context=observer),
         procedure_reported=codes.SCT.ImagingProcedure,
         imaging_measurements=[study, *slices],
-        title=codes.DCM.ImagingMeasurementReport,
+        title=REPORT,
     )
     content[0].ContentSequence += [
         sr.TextContentItem(codes.DCM.Comment, text, sr.RelationshipTypeValues.CONTAINS) for text in _comments(result)
     ]
+    _separate(content[0])
     written = sr.ComprehensiveSR(
         evidence=[*sources, *([] if mask is None else [mask])],
         content=content[0],
@@ -358,6 +361,14 @@ def _comments(result: CaseResult) -> list[str]:
     if result.unlike:
         found.append(f"To doubt: {result.doubt('the series')}.")
     return found
+
+
+def _separate(item: Dataset) -> None:
+    """Let viewers show one line for each value with its name, where highdicom asks for running text."""
+    if item.ValueType == "CONTAINER":
+        item.ContinuityOfContent = "SEPARATE"
+    for child in item.get("ContentSequence", []):
+        _separate(child)
 
 
 def _evaluations(result: CaseResult) -> list[sr.QualitativeEvaluation]:

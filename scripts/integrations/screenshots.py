@@ -23,7 +23,7 @@ from scripts.integrations.viewer import viewing
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-OBJECTS = {"mask": "Anomaly mask", "map": "Anomaly map", "overlay": "Anomaly overlay"}
+OBJECTS = {"mask": "Anomaly mask", "map": "Anomaly map", "overlay": "Anomaly overlay", "report": "Anomaly report"}
 SOFTWARE_GL = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist")
 CANVAS = "canvas.cornerstone-canvas"
 THUMBNAIL = "[data-cy^=study-browser-thumbnail]"
@@ -110,8 +110,9 @@ def main() -> None:
                 with new_page(opened) as page, whole_file(arguments.out / f"viewer_{name}.png") as partial:
                     open_object(page, address, arguments.study, description)
                     page.wait_for_timeout(1000 * DRAWN_SECONDS)
-                    show_slice(page, arguments.slice)
-                    page.wait_for_timeout(1000 * DRAWN_SECONDS)
+                    if name != "report":  # which has no slices
+                        show_slice(page, arguments.slice)
+                        page.wait_for_timeout(1000 * DRAWN_SECONDS)
                     page.screenshot(path=partial)
     except BundleError as error:
         sys.exit(f"error: {error}")

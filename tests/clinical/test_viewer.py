@@ -29,30 +29,29 @@ from scripts.integrations.viewer import dicom_files, ohif, viewing
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (72, 96, 8)
+ODD = (71, 95, 8)  # the bits of such a frame end within a byte
 HOT_SLICE = 5  # of the volume, by its place along z
 THRESHOLD = 2.0
 AFFINE = np.array([[-1.0, 0, 0, 30], [0, -1, 0, 40], [0, 0, 4, -10], [0, 0, 0, 1]])  # columns to the left, rows back
 
 
-def body_and_map():
+def body_and_map(shape):
     """An ellipse in the air, which tells its slice by its size, and a map that is hot in one quarter of two slices."""
-    x, y, z = np.meshgrid(*map(np.arange, SHAPE), indexing="ij")
+    x, y, z = np.meshgrid(*map(np.arange, shape), indexing="ij")
     body = ((x - 36) / 30) ** 2 + ((y - 48) / 42) ** 2 < 0.6 + 0.05 * z
     distance = np.hypot(x - 24, y - 62)
     z_scores = np.where(body, 8.0 * np.exp(-((distance / 9) ** 2)), -6.0)
     z_scores[..., HOT_SLICE + 1] /= 4
-    z_scores[..., [index for index in range(SHAPE[2]) if index not in (HOT_SLICE, HOT_SLICE + 1)]] = -6.0
+    z_scores[..., [index for index in range(shape[2]) if index not in (HOT_SLICE, HOT_SLICE + 1)]] = -6.0
     return np.where(body, 700, 0).astype(np.int16), z_scores.astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def written_results(folder, shape):
     """A folder with the DICOM results of a SYNTHETIC series, as inference writes them, and that series."""
-    folder = tmp_path_factory.mktemp("viewed")
     uids = [generate_uid() for _ in range(3)]
-    pixels, z_scores = body_and_map()
+    pixels, z_scores = body_and_map(shape)
     images = mr_series(
-        pixels, AFFINE, SeriesIdentity("ohif", "SYNTHETIC^OHIF", *uids, series_description="SYNTHETIC T1")
+        pixels, AFFINE, SeriesIdentity(f"ohif-{shape[0]}", "SYNTHETIC^OHIF", *uids, series_description="SYNTHETIC T1")
     )
     files = write_series(images, folder / "in")
     volume = read_volume(files)
@@ -67,10 +66,10 @@ def results(tmp_path_factory):
         "in",
         flipped[None],
         flipped.max((0, 1)),
-        np.ones(SHAPE[2], bool),
+        np.ones(shape[2], bool),
         threshold=THRESHOLD,
         image_threshold=3.0,
-        on_file=RestoredMap(flipped, 2, tuple(range(SHAPE[2])), volume.instances),
+        on_file=RestoredMap(flipped, 2, tuple(range(shape[2])), volume.instances),
     )
     (folder / "out").mkdir()
     pictures = blend_slices(volume.pixels / 1000, flipped, THRESHOLD)
@@ -82,9 +81,18 @@ def results(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(results):
-    folder, _, _, _ = results
-    with viewing([folder / "out"], port=0) as url:
+def results(tmp_path_factory):
+    return written_results(tmp_path_factory.mktemp("viewed"), SHAPE)
+
+
+@pytest.fixture(scope="module")
+def odd_results(tmp_path_factory):
+    return written_results(tmp_path_factory.mktemp("odd"), ODD)
+
+
+@pytest.fixture(scope="module")
+def address(results, odd_results):
+    with viewing([folder / "out" for folder, _, _, _ in (results, odd_results)], port=0) as url:
         yield url
 
 
@@ -99,8 +107,8 @@ def opened(address, chromium, results):
     """``opened(SERIES)``: the page with an object open."""
     with new_page(chromium) as page:
 
-        def open_series(description):
-            open_object(page, address, results[1], description)
+        def open_series(description, study=results[1]):
+            open_object(page, address, study, description)
             return page
 
         yield open_series
@@ -192,9 +200,10 @@ def test_the_map_is_colored_where_it_is_hot_and_lies_on_the_image(opened, result
     assert sorted(seen) == list(range(SHAPE[2]))
 
 
-def test_the_segmentation_fills_the_lesion_in_the_color_of_all_outlines(opened, results):
-    _, _, volume, result = results
-    page = opened("Anomaly mask")
+@pytest.mark.parametrize("name", ["results", "odd_results"])
+def test_the_segmentation_fills_the_lesion_in_the_color_of_all_outlines(opened, name, request):
+    _, study, volume, result = request.getfixturevalue(name)
+    page = opened("Anomaly mask", study)
     wait_until(page, lambda shown: (is_cyan(shown)).sum() > 1000)
     bodies, masks = pictures_by_slice(volume.pixels[0] > 0), pictures_by_slice(result.mask)
     seen = set()
@@ -215,6 +224,18 @@ def test_the_overlay_is_shown_as_it_was_made(opened, results):
     for index, picture in on_voxels(scrolled(page), bodies):
         differing = np.abs(picture - expected[index]).max(-1)[binary_erosion(bodies[index], iterations=2)]
         assert np.quantile(differing, 0.9) < 3  # of 255; the outline is interpolated
+
+
+def test_the_report_is_shown_as_text_with_score_threshold_and_what_to_doubt(opened, results):
+    _, _, _, result = results
+    page = opened("Anomaly report")
+    for line in (
+        f"Anomaly score: {round(result.score, 2):g} {{SD}}",
+        "Threshold of the anomaly score: 3 {SD}",
+        "Score above threshold: Yes",
+        "no diagnosis",
+    ):
+        page.get_by_text(line).wait_for()
 
 
 def by_dcmqi(program, file, folder):
@@ -239,12 +260,23 @@ def test_3d_slicers_reader_has_the_values_of_the_map_in_their_places(results, tm
     np.testing.assert_allclose(values_at(image, voxels, volume.affine), expected[tuple(voxels.T)], atol=1e-6)
 
 
-def test_3d_slicers_reader_has_the_segmentation_in_its_place(results, tmp_path):
-    folder, _, volume, result = results
+@pytest.mark.parametrize("name", ["results", "odd_results"])
+def test_3d_slicers_reader_has_the_segmentation_in_its_place(name, request, tmp_path):
+    folder, _, volume, result = request.getfixturevalue(name)
     image = by_dcmqi("segimage2itkimage", folder / "out/a_seg.dcm", tmp_path)
     voxels = np.argwhere(result.mask)
     assert (values_at(image, voxels, volume.affine) == 1).all()
     assert SimpleITK.GetArrayFromImage(image).sum() == result.mask.sum()
+
+
+def test_3d_slicers_reader_has_score_and_threshold_of_the_report(results, tmp_path):
+    folder, _, _, result = results
+    program = Path(sys.executable).with_name("tid1500reader")
+    words = ["--inputDICOM", folder / "out/a_report.dcm", "--outputMetadata", tmp_path / "report.json"]
+    subprocess.run([program, *words], check=True, capture_output=True)
+    study, *_ = json.loads((tmp_path / "report.json").read_text())["Measurements"]
+    values = {item["quantity"]["CodeMeaning"]: float(item["value"]) for item in study["measurementItems"]}
+    assert values == {"Anomaly score": round(result.score, 2), "Threshold of the anomaly score": 3.0}
 
 
 def test_only_this_machine_is_answered_and_nothing_is_written(address):
