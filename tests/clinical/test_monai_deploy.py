@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
 
@@ -23,11 +23,13 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from pydicom import Dataset, dcmread
 from pydicom.config import disable_value_validation
+from pydicom.data import get_testdata_file
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import BasicTextSRStorage, CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from bundle.checkpoint import read_checkpoint
 from bundle.dicom.mr import SeriesIdentity, mr_series, write_series
+from bundle.dicom.series import read_volume
 from bundle.errors import BundleError
 from bundle.inferers import SliceBatchInferer
 from bundle.model import Settings
@@ -266,11 +268,19 @@ def error_line(done):
     return line
 
 
+def configured(path, **settings):
+    """A copy of app.yaml with other settings."""
+    path.write_text(yaml.safe_dump(yaml.safe_load((APPLICATION / "app.yaml").read_text()) | settings))
+    return path
+
+
+def chosen(**conditions):
+    return [{"name": "mine", "conditions": conditions}]
+
+
 def selecting(path, **conditions):
     """A copy of app.yaml with one selection."""
-    config = yaml.safe_load((APPLICATION / "app.yaml").read_text())
-    path.write_text(yaml.safe_dump(config | {"selections": [{"name": "mine", "conditions": conditions}]}))
-    return path
+    return configured(path, selections=chosen(**conditions))
 
 
 def test_the_application_finds_what_the_bundle_finds(examined):
@@ -345,35 +355,63 @@ def answers(report):
     return [value for name, value in code if name == "unlike-reason"]
 
 
-def test_what_headers_tell_holds_the_segmentation_back_in_the_words_of_the_bundle(
-    run_app, examine, model_knobs, tmp_path
-):
+@pytest.fixture(scope="module")
+def unlike(examine, model_knobs, tmp_path_factory):
+    """A CT whose header tells much, examined with a model of MR, and the folder of that application."""
+    folder = tmp_path_factory.mktemp("unlike")
     state = read_checkpoint(model_knobs["checkpoint"]).state
     words = {"modality": {"MR": 6}, "sequence": {"flair": 6}, "kernel": {"soft": 6}, "scheme": {"ct_brain": 6}}
     summary = json.dumps({"cases": words, "patients": 2, "of_volumes": True}).encode()
-    knowing = tmp_path / "model.pt"
+    knowing = folder / "model.pt"
     torch.save({**state, "case_likeness.summary": torch.tensor(list(summary), dtype=torch.uint8)}, knowing)
-    make_application(knowing, tmp_path / "packaged")
-    rules = selecting(tmp_path / "any.yaml", Modality="CT")
+    make_application(knowing, folder / "packaged")
+    rules = selecting(folder / "any.yaml", Modality="CT")
     images = list(map(as_ct, mr_series(volume_of(), OBLIQUE, identity(description=f"Ax T1 of {NAME}"))))
     for image in images:
         image.ConvolutionKernel = "Br64f"
-    series = write_shuffled(images, tmp_path / "series")
-    done = run_app(series, tmp_path / "refused", check=False, folder=tmp_path / "packaged")
+    series = write_shuffled(images, folder / "series")
+    results = examine(series, series, folder / "packaged", rules, checkpoint=knowing, write_dicom="true")
+    return results, folder / "packaged"
+
+
+def doubt_of(results):
+    return f"the series is unlike the training data, its map may mean nothing: {results.score['unlike']}"
+
+
+def test_what_headers_tell_holds_the_segmentation_back_in_the_words_of_the_bundle(run_app, unlike, tmp_path):
+    results, folder = unlike
+    done = run_app(results.study, tmp_path / "refused", check=False, folder=folder)
     assert "(as learned: modality CT, which the model has not learned from)" in error_line(done)
-    results = examine(series, series, tmp_path / "packaged", rules, checkpoint=knowing, write_dicom="true")
     assert results.score["unlike"].startswith(
         "modality CT, learned from MR; sequence t1, learned from flair; kernel sharp, learned from soft; "
         "intensities read as mr, learned from ct_brain"
     )
-    doubt = f"the series is unlike the training data, its map may mean nothing: {results.score['unlike']}"
-    assert f"{doubt}; no segmentation is written\n" in results.log
+    assert f"{doubt_of(results)}; no segmentation is written\n" in results.log
     assert NAME not in results.log
     own = next(results.own.glob("*_report.dcm"))
     assert answers(results.objects / "anomaly_report.dcm") == answers(own)
     assert answers(own)[:4] == ["other-modality", "other-sequence", "other-kernel", "other-intensities"]
     written = {path.name for path in results.objects.iterdir()}
     assert written == {"anomaly_heatmap.dcm", "anomaly_overlay", "anomaly_report.dcm"}
+
+
+def test_a_user_gets_the_segmentation_of_what_is_unlike_if_app_yaml_says_so(run_app, unlike, tmp_path):
+    results, folder = unlike
+    config = configured(tmp_path / "mine.yaml", selections=chosen(Modality="CT"), segment_unlike=True)
+    done = run_app(results.study, tmp_path / "out", folder=folder, HOLOSCAN_CONFIG_PATH=config)
+    assert f"{doubt_of(results)}\n" in done.stderr
+    assert_same(replace(results, objects=tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("value", "words"), [("'false'", "is false: give true or false"), ("", "has no 'segment_un")])
+def test_a_wrong_setting_is_one_line_and_no_result(run_app, unlike, tmp_path, value, words):
+    config = tmp_path / "mine.yaml"
+    shipped = (APPLICATION / "app.yaml").read_text()
+    config.write_text(shipped.replace("segment_unlike: false", f"segment_unlike: {value}"))
+    results, folder = unlike
+    done = run_app(results.study, tmp_path / "out", folder=folder, check=False, HOLOSCAN_CONFIG_PATH=config)
+    assert words in error_line(done)
+    assert not list(tmp_path.glob("out/*"))
 
 
 FORGED = "[2026-01-01 00:00:00,000] [ERROR] (root) - forged"
@@ -513,6 +551,17 @@ def test_objects_conform_to_the_standard(examined):
 def test_the_bundle_is_not_importable_where_the_application_runs(deploy_python):
     assert run_deploy(deploy_python, "-c", "import monai.deploy, highdicom").returncode == 0
     assert "No module named 'bundle'" in run_deploy(deploy_python, "-c", "import bundle").stderr
+
+
+def test_jpeg_of_12_bits_is_read_where_the_application_runs(deploy_python, packaged, tmp_path):
+    program = (
+        "import sys, numpy; from bundle.dicom.series import read_volume; "
+        "numpy.save(sys.argv[2], read_volume([sys.argv[1]]).pixels)"
+    )
+    file, found = get_testdata_file("JPGExtended.dcm"), tmp_path / "found.npy"
+    done = run_deploy(deploy_python, "-c", program, file, found, PYTHONPATH=packaged / "application")
+    assert done.returncode == 0, done.stderr[-3000:]
+    np.testing.assert_array_equal(np.load(found), read_volume([file]).pixels)
 
 
 def test_model_alone_runs_with_the_operators_of_the_sdk(deploy_python, packaged, examined, tmp_path):

@@ -21,7 +21,7 @@ from bundle.errors import BundleError, log_single_lines, user_error
 
 CONFIG = Path(__file__).with_name("app.yaml")
 MODEL_HASH = Path(__file__).with_name("model.sha256")
-SETTINGS = ("selections", "worst_slices")
+SETTINGS = ("selections", "worst_slices", "segment_unlike")
 
 
 class AnomalyApplication(Application):
@@ -51,7 +51,13 @@ class AnomalyApplication(Application):
             input_mapping=[sdk.IOMapping(IMAGE, Any, IOType.IN_MEMORY)],
             output_mapping=[sdk.IOMapping(name, Any, IOType.IN_MEMORY) for name in FOUND],
         )
-        writer = ResultWriter(self, name="writer", context=self.context, worst_slices=settings["worst_slices"])
+        writer = ResultWriter(
+            self,
+            name="writer",
+            context=self.context,
+            worst_slices=settings["worst_slices"],
+            segment_unlike=settings["segment_unlike"],
+        )
         self.add_flow(loader, selector, {(STUDIES, STUDIES)})
         self.add_flow(selector, reader, {(SELECTED, SELECTED)})
         self.add_flow(reader, inference, {(IMAGE, IMAGE)})
@@ -63,17 +69,19 @@ def read_config(path: Path) -> dict[str, Any]:
     """The content of ``app.yaml``.
 
     Raises:
-        BundleError: if it is missing or no YAML, or lacks a setting.
+        BundleError: if it is missing or no YAML, or a setting is missing or wrong.
     """
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise BundleError(f"cannot read the configuration '{path}' ({str(error).splitlines()[0]}): mend it") from error
     for name in SETTINGS:
-        if not isinstance(config, dict) or not config.get(name):
+        if not isinstance(config, dict) or config.get(name) in (None, []):
             raise BundleError(f"'{path}' has no '{name}': add it, as in the app.yaml of the application")
     if not isinstance(config["worst_slices"], int) or config["worst_slices"] < 1:
         raise BundleError(f"worst_slices in '{path}' is {config['worst_slices']}: give at least 1")
+    if not isinstance(config["segment_unlike"], bool):
+        raise BundleError(f"segment_unlike in '{path}' is {config['segment_unlike']}: give true or false")
     return config
 
 

@@ -189,11 +189,15 @@ class ResultWriter(Operator):
     Args:
         context: with the model and the folder of the results.
         worst_slices: how many the report names.
+        segment_unlike: whether a series that is unlike the training data gets a segmentation.
     """
 
-    def __init__(self, fragment: Any, *args: Any, context: AppContext, worst_slices: int = 3, **kwargs: Any) -> None:
+    def __init__(
+        self, fragment: Any, *args: Any, context: AppContext, worst_slices: int, segment_unlike: bool, **kwargs: Any
+    ) -> None:
         self.context = context
         self.worst_slices = worst_slices
+        self.segment_unlike = segment_unlike
         super().__init__(fragment, *args, **kwargs)
 
     def setup(self, spec: OperatorSpec) -> None:
@@ -209,15 +213,14 @@ class ResultWriter(Operator):
         sources = read_headers(files_of(series))
         result = as_result(found, model.predictor, sources[0])
         pictures = blend_slices(found["shown"], result.restored.values, result.threshold)
+        segments = self.segment_unlike or not result.unlike
         if result.unlike:
-            logger.warning("%s; no segmentation is written", result.doubt("the series"))
+            logger.warning("%s%s", result.doubt("the series"), "" if segments else "; no segmentation is written")
         output = Path(self.context.output_path)
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as folder:
             stem, algorithm = Path(folder) / STEM, algorithm_of(model)
-            write_objects(
-                stem, sources, result, pictures, algorithm, self.worst_slices, with_segmentation=not result.unlike
-            )
+            write_objects(stem, sources, result, pictures, algorithm, self.worst_slices, with_segmentation=segments)
             for item in sorted(Path(folder).iterdir()):
                 target = output / item.name
                 if target.is_dir():
