@@ -158,16 +158,9 @@ class NiftiWriter(VolumeWriter):
         return super().applies(result) and not self.keeps_format(result)
 
     def write(self, stem: Path, result: CaseResult, image: MetaTensor) -> None:
-        """Write all three, with the geometry that the header of a NIfTI image tells, or in scanner coordinates."""
-        original = _original(result.path, result.restored.values.shape)
+        """Write all three; without a place in space they keep the affine alone."""
         for kind, values in self.volumes(result):
-            flat = original is not None and original.ndim == 2
-            written = nib.Nifti1Image(values[..., 0] if flat else values, result.restored.affine)
-            written.header.set_xyzt_units("mm")
-            if original is not None and isinstance(original.header, nib.Nifti1Header):
-                _take_geometry(written.header, original.header)
-            elif image.meta["slice_axis"] is not None:
-                _place_in_scanner(written)
+            written = nifti_of(values, result.restored.affine, result.path, image.meta["slice_axis"] is not None)
             written.header["descrip"] = self.settings.model[:79]
             nib.save(written, f"{stem}_{kind}.nii.gz")
 
@@ -250,6 +243,30 @@ class DicomWriter(Writer):
 
 
 WRITERS: tuple[type[Writer], ...] = (PictureWriter, NiftiWriter, InputFormatWriter, OverlayWriter, DicomWriter)
+
+
+def nifti_of(values: np.ndarray, affine: np.ndarray | None, path: str, placed: bool) -> nib.Nifti1Image:
+    """``values`` on the grid of the image at ``path``, with the geometry that its header tells if it is NIfTI.
+
+    Args:
+        values: [x, y, slices].
+        affine: from voxels to the patient, in mm; None: not known.
+        path: of the image that they were found in.
+        placed: whether an image of another format has a place in space: then both transforms lead to the coordinates
+            of the scanner.
+
+    Raises:
+        BundleError: if a NIfTI image has vanished, or changed its shape.
+    """
+    original = _original(path, values.shape)
+    flat = original is not None and original.ndim == 2
+    written = nib.Nifti1Image(values[..., 0] if flat else values, affine)
+    written.header.set_xyzt_units("mm")
+    if original is not None and isinstance(original.header, nib.Nifti1Header):
+        _take_geometry(written.header, original.header)
+    elif placed:
+        _place_in_scanner(written)
+    return written
 
 
 def _original(path: str, shape: tuple[int, ...]) -> Any:

@@ -133,6 +133,8 @@ def _assert_own(found, output_dir, name="*", tie=1e-3):
     np.testing.assert_array_equal(values[clear], expected[clear])
     assert clear.mean() > 0.99
     np.testing.assert_allclose(found.affine, own.affine, atol=1e-3)
+    for code in ("qform_code", "sform_code"):
+        assert found.header[code] == own.header[code]
 
 
 def _oriented(image, axcodes):

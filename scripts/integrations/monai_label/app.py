@@ -44,6 +44,7 @@ from bundle.dicom.words import header_words
 from bundle.errors import BundleError, log_single_lines, user_error
 from bundle.files import NIFTI_SUFFIXES, is_flat
 from bundle.results import CaseResult
+from bundle.writers import nifti_of
 
 HEALTHY = "healthy"  # tag of empty labels of DICOM series, which DICOM SEG cannot hold
 UNPROCESSABLE = 422
@@ -159,14 +160,15 @@ class AnomalyInfer(BundleInferTask):
 
     def writer(self, data: dict[str, Any], extension: Any = None, dtype: Any = None) -> tuple[Any, Any]:
         """NIfTI as the bundle writes it, with every affine, of which ITK keeps only some; other formats by ITK."""
-        wanted = str(data.get("result_extension") or data["image_path"])
+        source = str(data["image_path"])
+        wanted = str(data.get("result_extension") or source)
         suffix = next((suffix for suffix in NIFTI_SUFFIXES if wanted.endswith(suffix)), None)
         if suffix is None:
             return tuple(super().writer(data, extension, dtype))
         mask: MetaTensor = data[self.output_label_key]
         values = mask.numpy().astype(data.get("result_dtype") or np.uint8)
         with tempfile.NamedTemporaryFile(suffix=suffix, delete=False) as file:
-            nib.save(nib.Nifti1Image(values, mask.affine.numpy()), file.name)
+            nib.save(nifti_of(values, mask.affine.numpy(), source, mask.meta["slice_axis"] is not None), file.name)
         return file.name, data[self.output_json_key]
 
 
