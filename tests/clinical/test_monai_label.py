@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -30,6 +31,7 @@ from bundle.checkpoint import read_checkpoint, trained_settings
 from bundle.errors import BundleError
 from bundle.networks.detector import encode_identity
 from scripts.integrations.monai_label.__main__ import assemble, check_studies
+from scripts.integrations.orthanc import running
 
 ROOT = Path(__file__).parents[2]
 MODEL = "dinov3_spatial_ar"
@@ -374,88 +376,168 @@ def test_a_model_that_was_trained_is_not_replaced_unasked(model_knobs, trained, 
     assert (models / "model.pt").read_bytes() == b"another model"
 
 
-def test_a_series_of_a_dicomweb_server_gets_the_mask_of_the_bundle(
-    orthanc, cohort_dicom, model_knobs, run_bundle, tmp_path
-):
+@dataclass
+class Archived:
+    """MONAI Label on an Orthanc whose series are known by names of this file."""
+
+    server: Server
+    series: dict
+    log: Path
+
+
+def _changed(source, folder, change):
+    """A copy of a series with another header."""
+    folder.mkdir()
+    for file in sorted(source.glob("*.dcm")):
+        image = dcmread(file)
+        change(image)
+        image.save_as(folder / file.name)
+    return folder
+
+
+def _stored(folder, orthanc):
+    orthanc.store(folder)
+    return str(dcmread(next(folder.glob("*.dcm"))).SeriesInstanceUID)
+
+
+def _of_other_words(image):
+    image.SeriesDescription, image.ContrastBolusAgent = "Ax T1 of SecretPerson", "Gadovist"
+    image.SeriesInstanceUID = f"{image.SeriesInstanceUID}.1"
+    image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"{image.SOPInstanceUID}.1"
+
+
+def _as_ct(image):
+    image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = CTImageStorage
+    image.Modality = "CT"
+    image.RescaleIntercept, image.RescaleSlope, image.RescaleType = -500, 1, "HU"
+
+
+@pytest.fixture(scope="module")
+def folders(cohort_dicom, tmp_path_factory):
+    """Series by name: one of the cohort, one that says other words of itself, one that lacks a slice."""
+    folder = tmp_path_factory.mktemp("archived")
     lesioned = cohort_dicom / "test" / "sub-0009"
-    orthanc.store(lesioned)
-    series = str(dcmread(next(lesioned.glob("*.dcm"))).SeriesInstanceUID)
-    knobs = {**model_knobs, "batch_size": BATCH, "tracking_uri": "off", "precision": "bf16"}
-    run_bundle("inferring", "configs/inference.json", dataset_dir=lesioned, output_dir=tmp_path / "own", **knobs)
-    with serving(orthanc.dicomweb_url, tmp_path / "log", model_knobs, precision="bf16") as server:
-        _assert_own(server.mask(series), tmp_path / "own")
-        params = json.dumps({"label_info": [{"name": "anomaly"}]})
-        seg = dcmread(io.BytesIO(server.infer(series, "dicom_seg", data={"params": params}).content))
-        assert seg.Modality == "SEG"
-        assert seg.SegmentSequence[0].SegmentLabel == "anomaly"
-    assert series not in (tmp_path / "log").read_text()
+    lacking = folder / "lacking"
+    shutil.copytree(cohort_dicom / "test" / "sub-0010", lacking)
+    sorted(lacking.glob("*.dcm"))[5].unlink()
+    return {
+        "lesioned": lesioned,
+        "other_words": _changed(lesioned, folder / "other_words", _of_other_words),
+        "lacking": lacking,
+    }
+
+
+@pytest.fixture(scope="module")
+def archived(folders, model_knobs, tmp_path_factory):
+    """A server for :func:`folders`, in half precision."""
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with running() as orthanc:
+        series = {name: _stored(folder, orthanc) for name, folder in folders.items()}
+        with serving(orthanc.dicomweb_url, log, model_knobs, precision="bf16") as server:
+            yield Archived(server, series, log)
+
+
+def _own_result(run_bundle, knobs, source, output):
+    """What the bundle's own inference writes of a series, and its row of scores."""
+    knobs = {**knobs, "batch_size": BATCH, "tracking_uri": "off"}
+    run_bundle("inferring", "configs/inference.json", dataset_dir=source, output_dir=output, **knobs)
+    with (output / "scores.csv").open() as stream:
+        return next(csv.DictReader(stream))
+
+
+def _dicom_seg(server, series):
+    params = json.dumps({"label_info": [{"name": "anomaly"}]})
+    return dcmread(io.BytesIO(server.infer(series, "dicom_seg", data={"params": params}).content))
+
+
+def test_a_series_of_a_dicomweb_server_gets_the_mask_of_the_bundle(
+    archived, folders, model_knobs, run_bundle, tmp_path
+):
+    _own_result(run_bundle, {**model_knobs, "precision": "bf16"}, folders["lesioned"], tmp_path / "own")
+    series = archived.series["lesioned"]
+    _assert_own(archived.server.mask(series), tmp_path / "own")
+    seg = _dicom_seg(archived.server, series)
+    assert seg.Modality == "SEG"
+    assert seg.SegmentSequence[0].SegmentLabel == "anomaly"
+    assert series not in archived.log.read_text()
 
 
 def test_what_headers_of_a_series_tell_is_compared_in_the_words_of_the_bundle(
-    empty_orthanc, cohort_dicom, model_knobs, run_bundle, tmp_path
+    archived, folders, model_knobs, run_bundle, tmp_path
 ):
-    folder = tmp_path / "series"
-    folder.mkdir()
-    for file in sorted((cohort_dicom / "test" / "sub-0009").glob("*.dcm")):
-        image = dcmread(file)
-        image.SeriesDescription, image.ContrastBolusAgent = "Ax T1 of SecretPerson", "Gadovist"
-        image.save_as(folder / file.name)
-    empty_orthanc.store(folder)
-    knobs = {**model_knobs, "batch_size": BATCH, "tracking_uri": "off"}
-    run_bundle("inferring", "configs/inference.json", dataset_dir=folder, output_dir=tmp_path / "own", **knobs)
-    with (tmp_path / "own" / "scores.csv").open() as stream:
-        own = next(csv.DictReader(stream))["unlike"]
-    assert own.startswith("sequence t1, learned from flair")
-    series = str(image.SeriesInstanceUID)
-    with serving(empty_orthanc.dicomweb_url, tmp_path / "log", model_knobs) as server:
-        assert server.infer(series, "json").json()["unlike"] == own
-        asked = {"params": {"image": series, "output": "dicom_seg"}, "timeout": 60}
-        params = {"params": json.dumps({"label_info": [{"name": "anomaly"}]})}
-        answer = requests.post(f"{server.url}/infer/{MODEL}", data=params, **asked)
-        assert answer.status_code == 422
-        assert answer.json()["detail"].startswith(
-            f"the image is unlike the training data, its map may mean nothing: {own}"
-        )
-        assert np.asarray(server.mask(series).dataobj).any()
-    log = (tmp_path / "log").read_text()
-    assert f"the image is unlike the training data, its map may mean nothing: {own}" in log
+    own = _own_result(run_bundle, {**model_knobs, "precision": "bf16"}, folders["other_words"], tmp_path / "own")
+    assert own["unlike"].startswith("sequence t1, learned from flair")
+    doubt = f"the image is unlike the training data, its map may mean nothing: {own['unlike']}"
+    server, series = archived.server, archived.series["other_words"]
+    assert server.infer(series, "json").json()["unlike"] == own["unlike"]
+    asked = {"params": {"image": series, "output": "dicom_seg"}, "timeout": 60}
+    answer = requests.post(f"{server.url}/infer/{MODEL}", **asked)
+    assert answer.status_code == 422
+    assert answer.json()["detail"].startswith(doubt)
+    assert np.asarray(server.mask(series).dataobj).any()
+    log = archived.log.read_text()
+    assert doubt in log
     assert "SecretPerson" not in log and series not in log
-    with serving(empty_orthanc.dicomweb_url, tmp_path / "log2", model_knobs, segment_unlike="true") as server:
-        assert dcmread(io.BytesIO(server.infer(series, "dicom_seg", data=params).content)).Modality == "SEG"
 
 
-def test_a_ct_series_of_a_dicomweb_server_is_windowed_as_the_bundle_does(
-    empty_orthanc, cohort_dicom, model_knobs, run_bundle, tmp_path
-):
+def test_a_series_that_lacks_a_slice_is_refused(archived):
+    params = {"image": archived.series["lacking"]}
+    answer = requests.post(f"{archived.server.url}/infer/{MODEL}", params=params, timeout=60)
+    assert answer.status_code == 422
+    assert "lacks slices" in answer.json()["detail"]
+
+
+@pytest.fixture(scope="module")
+def ct_folders(cohort_dicom, tmp_path_factory):
+    """Two series as CT."""
+    folder = tmp_path_factory.mktemp("ct")
+    return [_changed(cohort_dicom / "test" / name, folder / name, _as_ct) for name in ("sub-0009", "sub-0010")]
+
+
+@pytest.fixture(scope="module")
+def telling(model_knobs, tmp_path_factory):
+    """A model of which kind an image is, its header tells."""
     state = read_checkpoint(model_knobs["checkpoint"])
-    telling = tmp_path / "model.pt"  # which kind an image is, its header tells
-    torch.save({**state.state, "identity": encode_identity(state.identity | {"intensity": "auto"})}, telling)
-    series = {}
-    for subject in ("sub-0009", "sub-0010"):
-        folder = tmp_path / subject
-        folder.mkdir()
-        for file in sorted((cohort_dicom / "test" / subject).glob("*.dcm")):
-            image = dcmread(file)
-            image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = CTImageStorage
-            image.Modality = "CT"
-            image.RescaleIntercept, image.RescaleSlope, image.RescaleType = -500, 1, "HU"
-            image.save_as(folder / file.name)
-        empty_orthanc.store(folder)
-        series[folder] = str(image.SeriesInstanceUID)
-    lesioned = tmp_path / "sub-0009"
-    knobs = {**model_knobs, "checkpoint": telling, "batch_size": BATCH, "tracking_uri": "off"}
-    run_bundle("inferring", "configs/inference.json", dataset_dir=lesioned, output_dir=tmp_path / "own", **knobs)
-    with (tmp_path / "own" / "scores.csv").open() as stream:
-        own = next(csv.DictReader(stream))["unlike"]
-    assert "intensities read as ct_soft_tissue" in own
-    with serving(
-        empty_orthanc.dicomweb_url, tmp_path / "log", {**model_knobs, "checkpoint": telling}, "--modality", "CT"
-    ) as server:
-        _assert_own(server.mask(series[lesioned]), tmp_path / "own")
-        assert server.infer(series[lesioned], "json").json()["unlike"] == own
-        for name in series.values():
-            server.save_label(name, _label(server.mask(name)))
-        task = server.train(max_epochs=1)
+    checkpoint = tmp_path_factory.mktemp("telling") / "model.pt"
+    torch.save({**state.state, "identity": encode_identity(state.identity | {"intensity": "auto"})}, checkpoint)
+    return {**model_knobs, "checkpoint": checkpoint}
+
+
+@pytest.fixture(scope="module")
+def archived_ct(ct_folders, telling, tmp_path_factory):
+    """A server for :func:`ct_folders`, which segments what is unlike the training data, too."""
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with running() as orthanc:
+        series = {folder.name: _stored(folder, orthanc) for folder in ct_folders}
+        with serving(orthanc.dicomweb_url, log, telling, "--modality", "CT", segment_unlike="true") as server:
+            yield Archived(server, series, log)
+
+
+@pytest.fixture(scope="module")
+def own_ct(ct_folders, telling, run_bundle, tmp_path_factory):
+    output = tmp_path_factory.mktemp("own_ct")
+    return output, _own_result(run_bundle, telling, ct_folders[0], output)["unlike"]
+
+
+def test_a_ct_series_of_a_dicomweb_server_is_windowed_as_the_bundle_does(archived_ct, own_ct):
+    output, unlike = own_ct
+    assert "intensities read as ct_soft_tissue" in unlike
+    series = archived_ct.series["sub-0009"]
+    _assert_own(archived_ct.server.mask(series), output)
+    assert archived_ct.server.infer(series, "json").json()["unlike"] == unlike
+
+
+def test_what_is_unlike_is_segmented_by_a_server_that_was_told_so(archived_ct, own_ct):
+    _, unlike = own_ct
+    assert unlike
+    assert _dicom_seg(archived_ct.server, archived_ct.series["sub-0009"]).Modality == "SEG"
+
+
+def test_a_training_on_ct_by_what_headers_tell_is_refused(archived_ct):
+    server = archived_ct.server
+    for name in archived_ct.series.values():
+        server.save_label(name, _label(server.mask(name)))
+    task = server.train(max_epochs=1)
     assert task["status"] == "ERROR"
     assert task["details"][-1].startswith("error: the model was trained with intensity auto, but MONAI Label hands")
 
@@ -489,17 +571,6 @@ def test_series_of_a_dicomweb_server_train_a_new_model(empty_orthanc, cohort_dic
     knobs = {**model_knobs, "checkpoint": bundle / "models" / "model.pt", "batch_size": BATCH, "tracking_uri": "off"}
     run_bundle("inferring", "configs/inference.json", dataset_dir=lesioned, output_dir=tmp_path / "own", **knobs)
     _assert_own(after, tmp_path / "own")
-
-
-def test_a_series_that_lacks_a_slice_is_refused(empty_orthanc, cohort_dicom, model_knobs, tmp_path):
-    files = sorted((cohort_dicom / "test" / "sub-0010").glob("*.dcm"))
-    for file in files[:5] + files[6:]:
-        empty_orthanc.store(file)
-    series = str(dcmread(files[0]).SeriesInstanceUID)
-    with serving(empty_orthanc.dicomweb_url, tmp_path / "log", model_knobs) as server:
-        answer = requests.post(f"{server.url}/infer/{MODEL}", params={"image": series}, timeout=60)
-    assert answer.status_code == 422
-    assert "lacks slices" in answer.json()["detail"]
 
 
 def test_ctrl_c_ends_server_and_training_and_leaves_nothing(sample_cohort, model_knobs, tmp_path, monkeypatch):
