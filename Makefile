@@ -38,7 +38,7 @@ sbom: $(VENV)/installed $(TOOLS)/installed
 		--output-format JSON --output-file output/sbom.json
 
 test-clinical: $(VENV)/installed
-	$(BIN)/python -m pytest tests/clinical
+	$(BIN)/python -m pytest tests/clinical --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from bundle.samples import make_sample_cohort
 from scripts.integrations.orthanc import running
@@ -13,6 +15,7 @@ from scripts.samples.dicom import make_sample_dicom
 
 ROOT = Path(__file__).parents[2]
 OF_THIS_MACHINE = ("MLFLOW_TRACKING_URI", "BACKBONE_WEIGHTS", "DINOV3_WEIGHTS")
+LONGEST_FIRST = ("test_monai_label", "test_monai_deploy", "test_orthanc", "test_viewer", "test_environments")
 BACKBONE = "efficientnet_lite0"  # needs no download
 
 
@@ -41,10 +44,11 @@ def _run_bundle(run_id, config, check=True, **knobs):
 
 
 def pytest_collection_modifyitems(items):
-    """All tests in this folder are clinical."""
+    """All tests in this folder are clinical; the longest files are begun first, so that no process waits at the end."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker("clinical")
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.stem) if item.path.stem in LONGEST_FIRST else -1)
 
 
 @pytest.fixture(scope="session")
@@ -60,34 +64,51 @@ def run_bundle():
 
 
 @pytest.fixture(scope="session")
-def sample_cohort(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """``made_once(NAME, make)``: the folder that ``make(folder)`` wrote, for all processes of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    base = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def once(name, make):
+        folder, mark = base / name, base / f"{name}.made"
+        with FileLock(base / f"{name}.lock"):
+            if not mark.exists():
+                make(folder)
+                mark.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def sample_cohort(made_once):
     """SYNTHETIC subjects of 12 slices: 1 to 6 train, 7 and 8 valid, 9 to 12 test; sub-0012 is healthy."""
-    return make_sample_cohort(
-        tmp_path_factory.mktemp("clinical") / "sample_cohort", train_subjects=6, valid_subjects=2, test_subjects=4
-    )
+    subjects = {"train_subjects": 6, "valid_subjects": 2, "test_subjects": 4}
+    return made_once("sample_cohort", partial(make_sample_cohort, **subjects))
 
 
 @pytest.fixture(scope="session")
-def cohort_dicom(sample_cohort):
+def cohort_dicom(sample_cohort, made_once):
     """The cohort as MR series: ``SPLIT/sub-NNNN/IM0001.dcm`` to ``IM0012.dcm``."""
-    return make_sample_dicom(sample_cohort, sample_cohort.with_name("sample_cohort_dicom"))
+    return made_once("sample_cohort_dicom", partial(make_sample_dicom, sample_cohort))
 
 
 @pytest.fixture(scope="session")
-def trained(sample_cohort, tmp_path_factory):
+def trained(sample_cohort, made_once):
     """The output folder of a short training on the volumes: ``model.pt``, of the default settings but BACKBONE."""
-    output = tmp_path_factory.mktemp("trained")
-    datalist = sample_cohort / "volumes" / "datalist.json"
-    _run_bundle(
-        "training",
-        "configs/train.json",
-        dataset_dir=datalist,
-        output_dir=output,
-        backbone=BACKBONE,
-        max_epochs=3,
-        device="cpu",
-    )
-    return output
+
+    def train(output):
+        _run_bundle(
+            "training",
+            "configs/train.json",
+            dataset_dir=sample_cohort / "volumes" / "datalist.json",
+            output_dir=output,
+            backbone=BACKBONE,
+            max_epochs=3,
+            device="cpu",
+        )
+
+    return made_once("trained", train)
 
 
 @pytest.fixture(scope="session")
