@@ -155,7 +155,8 @@ sys.addaudithook(note)
         Counter(path for begun, done, path in opened if (begun, done) == when)
         for when in (("False", "False"), ("True", "False"), ("True", "True"))
     )
-    assert before == dict.fromkeys(files, 2)  # to see that all can be read, and for the fingerprint of the data
+    # to see that all can be read, for the fingerprint of the data, and, where sizes are equal, to find copies
+    assert before.keys() == set(files) and set(before.values()) <= {2, 3}
     assert not during
     assert after == dict.fromkeys(files, 1)
 
