@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,11 @@ from ignite.engine import Engine, Events
 from bundle.data.cases import Case
 from bundle.distributed import gather
 from bundle.errors import BundleError
-from bundle.figures import curves, gallery, picture
+from bundle.figures import Example, curves, gallery, picture, placement
 from bundle.files import whole_file, write_csv, write_json
 from bundle.manifest import FIGURES, SCORES
 from bundle.metrics import METRIC_NAMES, AnomalyMetric
-from bundle.networks.detector import Detector
+from bundle.networks.detector import Detector, air_of
 from bundle.provenance import data_words, model_words
 from bundle.results import CaseResult
 from bundle.tracking import Tracker
@@ -69,7 +71,7 @@ class EvaluationReport:
         for case in data:
             names[case.get("label", int("mask" in case))].append(case["name"])
         self.shown = {name for label, count in EXAMPLES.items() for name in _spread(names[label], count)}
-        self.examples: list[dict[str, Any]] = []
+        self.examples: list[Example] = []
         self.rows: list[dict[str, Any]] = []
 
     def attach(self, engine: Engine) -> None:
@@ -89,19 +91,20 @@ class EvaluationReport:
             if result.name in self.shown:
                 worst = result.worst_position
                 self.examples.append(
-                    {
-                        "name": result.name,
-                        "image": picture(case["image"].as_tensor(), worst),
-                        "map": result.anomaly_map[0, ..., worst],
-                        "mask": case["mask"].numpy()[0, ..., worst] > 0 if "mask" in case else None,
-                        "score": result.score,
-                    }
+                    Example(
+                        name=result.name,
+                        image=picture(case["image"].as_tensor(), worst),
+                        anomaly_map=result.anomaly_map[0, ..., worst],
+                        mask=case["mask"].numpy()[0, ..., worst] > 0 if "mask" in case else None,
+                        score=result.score,
+                        place=placement(case["image"]),
+                    )
                 )
 
     def write(self, engine: Engine) -> None:
         """Write the files, log them and print the table, in the first process for all."""
         self.rows = sorted(chain(*gather(self.rows)), key=itemgetter("name"))
-        self.examples = sorted(chain(*gather(self.examples)), key=itemgetter("name"))
+        self.examples = sorted(chain(*gather(self.examples)), key=attrgetter("name"))
         if idist.get_rank() > 0:
             return
         metrics = {name: engine.state.metrics[name] for name in METRIC_NAMES}
@@ -131,14 +134,16 @@ class EvaluationReport:
         row = {**metrics, "threshold": threshold, **protocol, "model": model, "data": self.data_words}
         write_csv(self.output_dir / "metrics.csv", [row], list(row))
         of_images, of_curves = FIGURES
-        figures = {of_images: gallery(self.examples, threshold, title)} if self.examples else {}
+        figures: dict[str, Callable[..., None]] = {}  # what saves each
+        if self.examples:
+            figures[of_images] = gallery(self.examples, threshold, air_of(self.detector), title).save
         pooled = self.metric.pooled  # of all processes
         roc, precision_recall = (pooled.roc_curve(), pooled.pr_curve()) if pooled else (None, None)
         if roc and precision_recall:
-            figures[of_curves] = curves(roc, precision_recall, title)
-        for name, figure in figures.items():
-            with whole_file(self.output_dir / name) as partial:
-                figure.savefig(partial, dpi=100, format="png")
+            figures[of_curves] = partial(curves(roc, precision_recall, title).savefig, dpi=100)
+        for name, save in figures.items():
+            with whole_file(self.output_dir / name) as unfinished:
+                save(unfinished, format="png")
         write_json(self.output_dir / "metrics.json", report)
         self.tracker.log(metrics, {"report": [self.output_dir / "metrics.json"]})
         self.tracker.log({}, {"figures": [self.output_dir / name for name in figures]})

@@ -18,9 +18,9 @@ from PIL import Image, PngImagePlugin
 
 from bundle import __version__
 from bundle.errors import BundleError
-from bundle.figures import blend_slices, overlay, picture
+from bundle.figures import blend_slices, overlay, picture, placement
 from bundle.files import ITK_SUFFIXES, NIFTI_SUFFIXES, file_sha256, is_flat
-from bundle.networks.detector import Detector
+from bundle.networks.detector import Detector, air_of
 from bundle.provenance import model_words
 from bundle.results import CaseResult, heat
 
@@ -75,6 +75,11 @@ class OutputSettings:
     def model(self) -> str:
         """The detector in words."""
         return model_words(self.detector.describe())
+
+    @cached_property
+    def air(self) -> float:
+        """The intensity up to which the detector takes a patch for air, see :func:`~bundle.figures.body`."""
+        return air_of(self.detector)
 
 
 class Writer(ABC):
@@ -202,6 +207,8 @@ class OverlayWriter(Writer):
             picture(image.as_tensor(), worst.position),
             result.anomaly_map[0, ..., worst.position],
             result.threshold,
+            self.settings.air,
+            placement(image),
             f"{warning}{result.name}{place}: {score}. {self.settings.model}. {self.settings.data}",
         ).save(f"{stem}_overlay.png")
 
@@ -220,7 +227,7 @@ class DicomWriter(Writer):
         from bundle.dicom.objects import write_objects
 
         stored = self.settings.preprocessing.inverse({"image": image.clone()})["image"].as_tensor()
-        pictures = blend_slices(stored.numpy(), result.restored.values, result.threshold)
+        pictures = blend_slices(stored.numpy(), result.restored.values, result.threshold, self.settings.air)
         sources = image.meta["files"].headers()
         try:
             segments = self.settings.segment_unlike or not result.unlike

@@ -19,7 +19,7 @@ from bundle.networks.backbones import BACKBONES
 from bundle.networks.density import SpatialARDensity, squared_error
 from bundle.networks.detail import Detailed, DetailScore
 from bundle.networks.features import FeatureNetwork
-from bundle.networks.foreground import Foreground, mean_brightness
+from bundle.networks.foreground import Foreground, air_level, mean_brightness
 from bundle.networks.gaussian import moments
 from bundle.networks.likeness import CaseLikeness, SliceLikeness
 from bundle.networks.neighbors import PlacedSlices, SlicePooling, Volume
@@ -583,6 +583,11 @@ def completed(identity: Mapping[str, Any]) -> dict[str, Any]:
     spec = BACKBONES.get(str(identity.get("backbone")))
     blocks = {"blocks": "normed"} if spec is not None and spec.has_blocks else {}
     return {"foreground": "all", "detail_layers": [], "slice_pooling": 0.0, **blocks} | dict(identity)
+
+
+def air_of(detector: Detector) -> float:
+    """The intensity up to which the ``detector`` takes a patch for air; below 0 where nothing is air."""
+    return air_level(completed(detector.describe())["foreground"])
 
 
 def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

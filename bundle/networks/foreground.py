@@ -11,6 +11,18 @@ from bundle.errors import BundleError, shown
 AUTO = 0.02  # of the range of intensities: air in a window of CT, in an MR or ultrasound image is darker
 
 
+def air_level(foreground: float | Literal["auto", "all"]) -> float:
+    """The intensity, in [0, 1], up to which it is air by the setting ``foreground``; below 0 where nothing is.
+
+    Raises:
+        BundleError: for another word, or a threshold out of range.
+    """
+    number = not isinstance(foreground, (str, bool)) and 0 <= foreground < 1
+    if foreground not in ("auto", "all") and not number:
+        raise BundleError(f"foreground is {shown(foreground)}: give auto, all, or an intensity in [0, 1) as 0.05")
+    return {"auto": AUTO, "all": -1.0}[foreground] if isinstance(foreground, str) else float(foreground)
+
+
 class Foreground(nn.Module):
     """Finds the patches of an image that show the body, holes included.
 
@@ -32,11 +44,8 @@ class Foreground(nn.Module):
 
     def __init__(self, grid: list[int], foreground: float | Literal["auto", "all"] = "auto") -> None:
         super().__init__()
-        number = not isinstance(foreground, (str, bool)) and 0 <= foreground < 1
-        if foreground not in ("auto", "all") and not number:
-            raise BundleError(f"foreground is {shown(foreground)}: give auto, all, or an intensity in [0, 1) as 0.05")
-        self.takes_all = foreground == "all"
-        self.threshold = AUTO if isinstance(foreground, str) else float(foreground)
+        self.air = air_level(foreground)
+        self.takes_all = self.air < 0
         self.register_buffer("before_row", torch.ones(grid[0], grid[0]).tril(), persistent=False)
         self.register_buffer("before_column", torch.ones(grid[1], grid[1]).triu(), persistent=False)
 
@@ -44,7 +53,7 @@ class Foreground(nn.Module):
         """Whether each patch is inside, [B, h, w] bool, from its mean intensity ``brightness`` [B, h, w] in [0, 1]."""
         if self.takes_all:
             return torch.ones_like(brightness) > 0
-        bright = (brightness.float() > self.threshold).float()
+        bright = (brightness.float() > self.air).float()
         left, right = torch.matmul(bright, self.before_column), torch.matmul(bright, self.before_column.t())
         above, below = torch.matmul(self.before_row, bright), torch.matmul(self.before_row.t(), bright)
         return bright + left * right * above * below > 0

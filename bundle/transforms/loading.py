@@ -106,6 +106,7 @@ class _Pixels(NamedTuple):
     axes: int = 3
     files: SeriesFiles | None = None
     instances: tuple[int, ...] = ()
+    oriented: bool = True
 
 
 class LoadCased(MapTransform):
@@ -115,10 +116,10 @@ class LoadCased(MapTransform):
     :class:`~bundle.transforms.OrientSlicesd` for the order that the networks see. ``meta`` holds ``modality``
     (``"8bit"`` for 8-bit images, the DICOM modality, or ``""``), ``slice_axis`` (of x, y, slices, the one along which
     slices were acquired: see :func:`acquisition_axis`; None for images without geometry), ``axes`` (2 where a NRRD or
-    MetaImage file has no third one), of a DICOM series its
-    ``files`` (:class:`~bundle.dicom.series.SeriesFiles`) and the ``instances`` (InstanceNumber) of its slices, and the
-    affine in mm, where pictures have pixels of side 1. Its ``words`` are what header or name tell of the sequence, in a
-    fixed vocabulary (:mod:`bundle.dicom.words`).
+    MetaImage file has no third one), ``oriented`` (whether the header of a volume tells its directions), of a DICOM
+    series its ``files`` (:class:`~bundle.dicom.series.SeriesFiles`) and the ``instances`` (InstanceNumber) of its
+    slices, and the affine in mm, where pictures have pixels of side 1. Its ``words`` are what header or name tell of
+    the sequence, in a fixed vocabulary (:mod:`bundle.dicom.words`).
 
     Args:
         keys: what to load: see :data:`bundle.files.Source`.
@@ -203,7 +204,7 @@ def load_case(source: Source, channel: int | None = None, max_voxels: int = MAX_
         raise BundleError(f"'{place}' holds NaN or infinite pixels: clean it, or skip such files with --on_error skip")
     # of the header nothing else is open to see: the rest of a DICOM header is about the patient
     meta: dict[str, Any] = {"filename_or_obj": place, "modality": pixels.modality, "slice_axis": pixels.slice_axis}
-    meta["axes"] = pixels.axes
+    meta |= {"axes": pixels.axes, "oriented": pixels.oriented}
     meta["words"] = {} if name.endswith(FLAT_SUFFIXES) else name_words(Path(place).name)
     if pixels.files is not None:
         meta |= {"files": pixels.files, "instances": pixels.instances, "words": header_words(pixels.files.headers()[0])}
@@ -262,10 +263,13 @@ def _read_nifti(path: str, channel: int | None, max_voxels: int) -> _Pixels:
         raise BundleError(f"'{path}' has pixels of type {image.get_data_dtype()}: give real numbers")
     values = np.asarray(image.dataobj, dtype=np.float32)
     values = values[..., None] if values.ndim == 2 else values
-    if isinstance(image.header, nib.Nifti1Header) and not image.header["qform_code"] and not image.header["sform_code"]:
+    forms = isinstance(image.header, nib.Nifti1Header)
+    oriented = not forms or bool(image.header["qform_code"] or image.header["sform_code"])
+    if not oriented:
         logger.warning(f"'{path}' tells no orientation: x, y, z are taken for left, anterior, superior")
     told = image.header.get_dim_info()[2] if hasattr(image.header, "get_dim_info") else None
-    return _placed(path, values, np.asarray(image.affine, dtype=np.float64), told)
+    affine = np.asarray(image.affine, dtype=np.float64)
+    return _placed(path, values, affine, told)._replace(oriented=oriented)
 
 
 def _read_itk(path: str, channel: int | None, max_voxels: int) -> _Pixels:
@@ -273,7 +277,7 @@ def _read_itk(path: str, channel: int | None, max_voxels: int) -> _Pixels:
     if not image.placed:
         logger.warning(f"'{path}' tells no orientation: x, y, z are taken for left, posterior, superior")
     wanted = image.values[..., _wanted_volume(path, image.values.shape, channel)]
-    return _placed(path, np.ascontiguousarray(wanted), image.affine)._replace(axes=image.axes)
+    return _placed(path, np.ascontiguousarray(wanted), image.affine)._replace(axes=image.axes, oriented=image.placed)
 
 
 def _wanted_volume(path: str, shape: Sequence[int], channel: int | None) -> int:

@@ -23,6 +23,7 @@ from bundle.dicom.objects import Algorithm, write_objects
 from bundle.dicom.series import read_volume
 from bundle.errors import BundleError
 from bundle.figures import blend_slices
+from bundle.networks.foreground import AUTO
 from bundle.results import CaseResult, RestoredMap, heat
 from scripts.integrations.screenshots import CANVAS, PAGE_SECONDS, browser, new_page, open_object, show_slice
 from scripts.integrations.viewer import dicom_files, ohif, viewing
@@ -72,7 +73,7 @@ def written_results(folder, shape):
         on_file=RestoredMap(flipped, 2, tuple(range(shape[2])), volume.instances),
     )
     (folder / "out").mkdir()
-    pictures = blend_slices(volume.pixels / 1000, flipped, THRESHOLD)
+    pictures = blend_slices(volume.pixels / 1000, flipped, THRESHOLD, AUTO)
     write_objects(folder / "out/a", volume.files.headers(), result, pictures, Algorithm("1.2.3", "a" * 64, "b" * 64))
     written = sorted(str(file.relative_to(folder / "out")) for file in (folder / "out").rglob("*.dcm"))
     content = {"tables": [], "results": {"a": {"input": str(folder / "in"), "files": written}}}
@@ -220,7 +221,7 @@ def test_the_overlay_is_shown_as_it_was_made(opened, results):
     page = opened("Anomaly overlay")
     wait_until(page, lambda shown: is_cyan(shown).sum() > 100)
     bodies = pictures_by_slice(volume.pixels[0] > 0)
-    expected = blend_slices(volume.pixels / 1000, result.restored.values, THRESHOLD)
+    expected = blend_slices(volume.pixels / 1000, result.restored.values, THRESHOLD, AUTO)
     for index, picture in on_voxels(scrolled(page), bodies):
         differing = np.abs(picture - expected[index]).max(-1)[binary_erosion(bodies[index], iterations=2)]
         assert np.quantile(differing, 0.9) < 3  # of 255; the outline is interpolated

@@ -212,7 +212,8 @@ class ResultWriter(Operator):
         found = {name: op_input.receive(name) for name in FOUND}
         sources = read_headers(files_of(series))
         result = as_result(found, model.predictor, sources[0])
-        pictures = blend_slices(found["shown"], result.restored.values, result.threshold)
+        air = float(model.predictor.detector.foreground.air)
+        pictures = blend_slices(found["shown"], result.restored.values, result.threshold, air)
         segments = self.segment_unlike or not result.unlike
         if result.unlike:
             logger.warning("%s%s", result.doubt("the series"), "" if segments else "; no segmentation is written")
