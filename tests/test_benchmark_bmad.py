@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from bundle.errors import BundleError
@@ -33,7 +34,7 @@ from scripts.benchmarks.bmad import (
 )
 from scripts.benchmarks.cells import last_words, measured
 from scripts.benchmarks.common import METRICS
-from scripts.benchmarks.figures import REFERENCE, label_points
+from scripts.benchmarks.figures import REFERENCE, label_points, picture_words
 from scripts.benchmarks.report import differs_from_bmad, summarize, write_report
 
 ROOT = Path(__file__).parents[1]
@@ -434,6 +435,30 @@ def test_a_point_in_a_crowd_has_no_name_rather_than_one_that_covers_others():
     assert "alone" in [text.get_text() for text in panel.texts]
     assert 1 < len(boxes) < 31
     assert not any(one.overlaps(other) for index, one in enumerate(boxes) for other in boxes[:index])
+
+
+def test_a_name_covers_no_error_bar():
+    figure = Figure(figsize=(5, 4))
+    panel = figure.subplots()
+    panel.set(xlim=(0, 10), ylim=(0, 10))
+    figure.draw_without_rendering()
+    points = [(3.0, 5.0, "beside a bar", "black"), (4.0, 8.0, "tall", "black")]
+    label_points(figure, panel, points, [0.0, 4.0])
+    [box] = [
+        text.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+        for text in panel.texts
+        if text.get_text() == "beside a bar"
+    ]
+    low, high = panel.transData.transform([(4.0, 4.0), (4.0, 9.9)])
+    assert not box.overlaps(Bbox([low, high]))
+
+
+def test_the_words_above_a_picture_have_lines_of_about_one_length():
+    results = json.loads((ROOT / "docs/benchmark/peers/benchmark.json").read_text())
+    lines = picture_words(results, "native", 60).splitlines()
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 60
+    assert len(lines[-1]) > 20
 
 
 def test_the_reference_keeps_its_name_in_a_crowd():

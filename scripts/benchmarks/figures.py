@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from matplotlib.transforms import Bbox
@@ -16,6 +18,7 @@ from matplotlib.transforms import Bbox
 from scripts.benchmarks.words import TITLES, backbone_words, digits, protocol_words, set_words
 
 REFERENCE, DENSITY, PEER = "#30506e", "#6a9cc6", "#b5651d"
+INK = "#333333"  # of names, which are too pale in the colors of their points
 PLACES = [  # where a label may stand: offset in points, horizontal and vertical alignment
     ((7, 0), "left", "center"),
     ((-7, 0), "right", "center"),
@@ -54,6 +57,7 @@ def draw_bars(results: dict[str, Any]) -> Figure:
             panel.set_ylim(len(rows) - 0.4, -0.6)
             panel.spines[["top", "right"]].set_visible(False)
         line[0].set_title(set_words(name, data_set), loc="left", fontsize=11, fontweight="bold")
+    add_legend(figure, results)
     figure.suptitle(picture_words(results, protocol), fontsize=9)
     return figure
 
@@ -102,7 +106,7 @@ def draw_runtime(results: dict[str, Any]) -> Figure:
     lines = -(-len(sets) // columns)
     figure = Figure(figsize=(max(6.5, 5 * columns), 4.2 * lines + 0.6), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
-    labels: list[tuple[Axes, list[tuple[float, float, str, str]]]] = []
+    labels: list[tuple[Axes, list[tuple[float, float, str, str]], list[float]]] = []
     for panel, (name, data_set) in zip(panels, sets.items(), strict=False):
         precision, _ = shown_metrics(data_set, protocol)
         points = [
@@ -119,13 +123,15 @@ def draw_runtime(results: dict[str, Any]) -> Figure:
         panel.set(xlabel="ms per image", ylabel=f"{TITLES[precision]}, %")
         panel.grid(alpha=0.3, which="both")
         make_room(panel, [point[0] for point in points], [point[1] for point in points])
-        labels.append((panel, [(ms, height, method, color_of(method, results)) for ms, height, _, method in points]))
+        named = [(ms, height, method, color_of(method, results)) for ms, height, _, method in points]
+        labels.append((panel, named, [deviation or 0.0 for _, _, deviation, _ in points]))
     for panel in panels[len(sets) :]:
         panel.set_visible(False)
-    figure.suptitle(textwrap.fill(picture_words(results, protocol), 75 * columns), fontsize=8)
+    add_legend(figure, results)
+    figure.suptitle(picture_words(results, protocol, 75 * columns), fontsize=8)
     figure.draw_without_rendering()  # settles the layout that the labels are placed in
-    for panel, named in labels:
-        label_points(figure, panel, named)
+    for panel, named, deviations in labels:
+        label_points(figure, panel, named, deviations)
     return figure
 
 
@@ -147,13 +153,19 @@ def make_room(panel: Axes, x: list[float], y: list[float]) -> None:
     panel.yaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def label_points(figure: Figure, panel: Axes, points: list[tuple[float, float, str, str]]) -> None:
-    """Write the name beside each point where it covers no other and no point, and nowhere if there is no such place.
+def label_points(
+    figure: Figure, panel: Axes, points: list[tuple[float, float, str, str]], deviations: Sequence[float] = ()
+) -> None:
+    """Write the name beside each point where it covers no other, no point and none of the bars of their ``deviations``.
 
-    The reference comes first, and may have its name further away, at the end of a line.
+    It is written nowhere if there is no such place. The reference comes first, and may have its name further away, at
+    the end of a line.
     """
     renderer = FigureCanvasAgg(figure).get_renderer()
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in panel.transData.transform([one[:2] for one in points])]
+    for (x, y, _, _), deviation in zip(points, deviations, strict=False):
+        low, high = panel.transData.transform([(x, y - deviation), (x, y + deviation)])
+        taken.append(Bbox([low - (2, 0), high + (2, 0)]))
     inside = panel.get_window_extent(renderer)
     for x, y, name, color in sorted(points, key=lambda point: (point[3] != REFERENCE, point)):
         far = FAR_PLACES if color == REFERENCE else []
@@ -168,7 +180,7 @@ def label_points(figure: Figure, panel: Axes, points: list[tuple[float, float, s
                 ha=horizontal,
                 va=vertical,
                 fontsize=8,
-                color=color,
+                color=INK,
                 arrowprops=line,
             )
             text.update_positions(renderer)
@@ -194,10 +206,23 @@ def color_of(method: str, results: dict[str, Any]) -> str:
     return PEER if any(Path(name).name == "peers.json" for name in configs) else DENSITY
 
 
-def picture_words(results: dict[str, Any], protocol: str) -> str:
-    """Protocol, backbone, machine and, where it is so, SYNTHETIC."""
+def add_legend(figure: Figure, results: dict[str, Any]) -> None:
+    """What the colors mean, below all panels, if there is more than one."""
+    names = {REFERENCE: results["reference"], DENSITY: "other settings of this bundle", PEER: "peers"}
+    methods = [row["method"] for one in results["sets"].values() for row in one["rows"]]
+    colors = {color_of(method, results) for method in methods}
+    handles = [Patch(color=color, label=name) for color, name in names.items() if color in colors]
+    if len(handles) > 1:
+        figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=len(handles))
+
+
+def picture_words(results: dict[str, Any], protocol: str, width: int = 120) -> str:
+    """Protocol, backbone, machine and, where it is so, SYNTHETIC, in lines of about one length up to ``width``."""
     synthetic = [one["synthetic"] for one in results["sets"].values()]
     made = "SYNTHETIC data. " if all(synthetic) else "SYNTHETIC data where a panel says so. " if any(synthetic) else ""
     backbones = "; ".join(dict.fromkeys(backbone_words(one) for one in results["sets"].values() if one["rows"]))
     accuracy = f"Accuracy at {protocol_words(results['protocols'][protocol])}"
-    return textwrap.fill(f"{made}{accuracy}. {backbones}. {results['machine']}".replace("`", ""), 120)
+    words = f"{made}{accuracy}. {backbones}. {results['machine']}".replace("`", "")
+    lines = len(textwrap.wrap(words, width))
+    shortest = next(one for one in range(len(words) // lines, width + 1) if len(textwrap.wrap(words, one)) <= lines)
+    return textwrap.fill(words, shortest)

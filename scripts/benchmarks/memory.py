@@ -203,12 +203,14 @@ def draw(points: list[Point], title: str) -> Any:
 
     def line(panel: Any, name: str, horizontal: str, vertical: str, color: str, label: str) -> None:
         chosen = series.get(name, [])
+        marker = "o-" if color == ours else "s--"  # told apart in gray, too
         panel.plot(
             [getattr(one, horizontal) for one in chosen],
             [getattr(one, vertical) for one in chosen],
-            "o-",
+            marker,
             color=color,
             label=label,
+            clip_on=False,  # a point at 0 is shown whole
         )
 
     line(panels[0, 0], "training", "images", "peak_mb", ours, "this bundle, training")
@@ -226,7 +228,7 @@ def draw(points: list[Point], title: str) -> Any:
         (panels[1, 1], "training images", "stored model, MB"),
     ):
         panel.set(xlabel=below, ylabel=left)
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.1 * panel.get_ylim()[1])
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
         if "images" in below:

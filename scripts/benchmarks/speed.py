@@ -70,6 +70,7 @@ PAPER_MAP = 240  # pixels; side of the maps that the authors' code evaluates
 SLICES = 12  # of a subject of the sample cohort
 TRAINING_BATCH = 64  # as in the paper
 MATRIX = 2048  # side of the square matrices whose product gives the peak
+ALL_ELSE, UNDIVIDED = ("#8fb3d1", ""), ("#b9b9b9", "//")  # color and hatch of bars, told apart in gray, too
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 
 
@@ -943,7 +944,8 @@ def picture(results: dict[str, Any]) -> Figure:
         part = np.array([(row["backbone_share"] or 0) for row in rows]) * whole
         errors = np.abs(np.array([row["quartiles_ms"] for row in rows]).T - whole)
         panel.barh(places, part, color="#30506e", label="backbone")
-        panel.barh(places, whole - part, left=part, color=["#8fb3d1" if one else "#b9b9b9" for one in known])
+        colors, hatches = zip(*(ALL_ELSE if one else UNDIVIDED for one in known), strict=True)
+        panel.barh(places, whole - part, left=part, color=colors, hatch=hatches)
         panel.errorbar(whole, places, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
         for place, value, high in zip(places, whole, whole + errors[1], strict=True):
             panel.annotate(digits(value), (high, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
@@ -951,8 +953,8 @@ def picture(results: dict[str, Any]) -> Figure:
         panel.set(xlabel="ms an image, median and quartiles", title=f"{batch_size} at once")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    for color, label in (("#8fb3d1", "all else"), ("#b9b9b9", "backbone and all else")):
-        panels[-1].barh([0], [0], color=color, label=label)
+    for (color, hatch), label in ((ALL_ELSE, "all else"), (UNDIVIDED, "backbone and all else")):
+        panels[-1].barh([0], [0], color=color, hatch=hatch, label=label)
     figure.legend(*panels[-1].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     figure.suptitle(source_words(results), fontsize=9)
     return figure

@@ -30,6 +30,7 @@ from pydicom.uid import ParametricMapStorage
 from bundle.errors import BundleError
 from bundle.figures import COLORMAP
 from bundle.files import whole_file
+from bundle.results import OUTLINE
 from bundle.samples.cohort import make_sample_cohort
 from scripts.integrations.dicomweb import ROOT, connect
 from scripts.integrations.orthanc import Orthanc, running
@@ -141,6 +142,7 @@ def draw(client: DICOMwebClient, series: Sequence[StoredSeries], caption: str) -
     plain = rendered(client, find(series, "MR"), source.SOPInstanceUID)
     fused = rendered(client, overlay, str(_value(at, "SOPInstanceUID")))
 
+    down, right = map(float, source.PixelSpacing)
     figure = Figure(figsize=(11, 4.3), layout="constrained")
     axes = figure.subplots(1, 4)
     axes[0].imshow(plain, cmap="gray", vmin=0, vmax=255)
@@ -152,11 +154,13 @@ def draw(client: DICOMwebClient, series: Sequence[StoredSeries], caption: str) -
     for axis, name in zip(
         axes, ("MR, /rendered", "DICOM SEG, as an outline", "Parametric Map", "overlay series, /rendered"), strict=True
     ):
-        axis.set(xticks=[], yticks=[])
+        axis.set(xticks=[], yticks=[], aspect=down / right)
         axis.set_title(name, fontsize=9)
     bar = figure.colorbar(shown, ax=axes, location="bottom", fraction=0.03, aspect=60)
+    bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "0.25", "0.5: threshold", "0.75", "1"])
+    bar.ax.axvline(0.5, color=np.array(OUTLINE) / 255)
     bar.ax.tick_params(labelsize=7)
-    bar.set_label("Parametric Map; 0.5 is the threshold", fontsize=7)
+    bar.set_label("Parametric Map", fontsize=7)
     place = f"slice {int(source.InstanceNumber)} of {len(grids.source)}"
     figure.suptitle(f"{caption}, {place}", fontsize=9)
     return figure
