@@ -2,13 +2,12 @@
 
 import logging
 import shutil
-import subprocess
-import sys
 
 import pytest
-from commands import ROOT, environment, error_line
+from commands import error_line
 from pydicom import dcmread
 from pydicom.uid import generate_uid
+from test_console import dinov3_spatial_ar
 from test_dicom_series import as_localizer, as_report, identity, truncate, volume_of
 
 from bundle.checkpoint import save_checkpoint
@@ -19,21 +18,11 @@ from bundle.errors import BundleError
 from bundle.learned import Learned
 from bundle.model import make_detector
 from bundle.transforms import LoadCased
-from scripts.launcher import console
-from scripts.launcher.console import main
 
 LEARNED = Learned({"modality": {"MR": 9}, "sequence": {"flair": 9}}, 5, True)
 AS_LEARNED = series_rule("learned", "learned", unseen=LEARNED.unseen)
-COMMAND = [sys.executable, "-c", "from scripts.launcher.console import main; main()"]
 AXIAL = [[1.0, 0, 0, 0], [0, 1.5, 0, 0], [0, 0, 4.0, 0], [0, 0, 0, 1]]
 SAGITTAL = [[0, 0, 4.0, 0], [-1.5, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1]]
-
-
-def dinov3_spatial_ar(*words, cwd):
-    env = environment(PYTHONPATH=str(ROOT))
-    return subprocess.run(
-        [*COMMAND, *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
 
 
 def add_series(study, number, description, affine=AXIAL, modality="MR"):
@@ -126,28 +115,3 @@ def test_a_truncated_file_of_a_study_is_an_error(study):
     truncate(study / "1" / "IM0002.dcm")
     with pytest.raises(BundleError, match=r"IM0002\.dcm"):
         keep_readable(find_images(study, series=AS_LEARNED), LoadCased("image"))
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["examine", "-o", "out"], "stands where FOLDER is expected"),
-        (["examine", "study", "-o", "out"], "--model"),
-        (["examine", "study", "--model", "m"], "--output_dir"),
-        ([], "PURPOSE"),
-    ],
-)
-def test_a_command_line_that_lacks_something_says_what(capsys, words, message):
-    with pytest.raises(SystemExit) as caught:
-        main(words)
-    assert caught.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_what_the_command_line_gives_goes_to_the_bundle_as_it_stands(monkeypatch):
-    given = []
-    monkeypatch.setattr(console, "run_bundle", given.extend)
-    main(["examine", "a folder", "--device", "cpu", "-o", "out", "--model", "m.pt", "--series_description=(?i)flair"])
-    assert given == [
-        *("run", "inferring", "--config_file", "['inference.json','examine.json']", "--dataset_dir=a folder"),
-        *("--output_dir=out", "--checkpoint=m.pt", "--series_description=(?i)flair", "--device", "cpu"),
-    ]

@@ -29,6 +29,8 @@ def wheel(tmp_path_factory):
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    (source / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "knobs.md", source / "docs")
     for name in ("bundle", "configs", "scripts"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     pip("wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", target, source)
@@ -65,8 +67,8 @@ def test_the_wheel_holds_the_whole_bundle_in_one_package(wheel):
         "dinov3_spatial_ar",
         f"dinov3_spatial_ar-{__version__}.dist-info",
     }
-    configs = {f"configs/{file.name}" for file in (ROOT / "configs").iterdir() if file.is_file()}
-    assert {f"dinov3_spatial_ar/{name}" for name in modules("bundle") | configs} <= names
+    others = {f"configs/{file.name}" for file in (ROOT / "configs").iterdir() if file.is_file()} | {"docs/knobs.md"}
+    assert {f"dinov3_spatial_ar/{name}" for name in modules("bundle") | others} <= names
 
 
 @pytest.mark.slow

@@ -102,6 +102,18 @@ def find_weights(backbone: str, weights: str | os.PathLike[str] | None = None) -
     raise BundleError(f"no weights for backbone '{backbone}' ({_joined(reasons)}): {_how_to_get(backbone)}")
 
 
+def weights_at_hand(backbone: str) -> Source | None:
+    """The weights of ``backbone``, a name in :data:`BACKBONES`, on this machine; nothing is fetched.
+
+    Raises:
+        BundleError: if a folder or package is there, but not usable.
+    """
+    if found := _in_package(backbone) or _in_folder(backbone):
+        return found
+    cached = _in_cache(backbone)
+    return Source(backbone, "cache of the model hub", cached) if cached else None
+
+
 def weights_id(network: nn.Module) -> str:
     """SHA-256 (hex) over name, type, shape and bytes of every tensor: equal weights of any file have equal ids."""
     digest = hashlib.sha256()
@@ -264,6 +276,17 @@ def _in_folder(name: str) -> Source | None:
     return Source(name, str(found[0]), found[0]) if found else None
 
 
+def _in_cache(name: str) -> Path | None:
+    """The file of backbone ``name`` in the local cache of the model hub."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(BACKBONES[name].hub_repository, "model.safetensors", local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
 class _Hub:
     """The model hub and its local cache; whether the hub can be reached is asked once."""
 
@@ -274,16 +297,12 @@ class _Hub:
             _NoneFoundError: if it is in neither, within seconds where the hub is out of reach.
         """
         from huggingface_hub import constants, hf_hub_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
 
+        if cached := _in_cache(name):
+            return cached
+        if constants.HF_HUB_OFFLINE:
+            raise _NoneFoundError("the cache of the model hub does not hold it and HF_HUB_OFFLINE is set")
         repository = BACKBONES[name].hub_repository
-        try:
-            return Path(hf_hub_download(repository, "model.safetensors", local_files_only=True))
-        except LocalEntryNotFoundError as error:
-            if constants.HF_HUB_OFFLINE:
-                raise _NoneFoundError(
-                    "the cache of the model hub does not hold it and HF_HUB_OFFLINE is set"
-                ) from error
         if self._trouble is not None:
             raise _NoneFoundError(_silent(self._trouble)) from self._trouble
         try:

@@ -1,49 +1,171 @@
-"""The console command ``dinov3_spatial_ar``: the bundle's configs, put together for one purpose.
+"""The console command ``dinov3_spatial_ar``: the bundle's configs, put together for one purpose each.
 
-    dinov3_spatial_ar examine FOLDER -o OUT --model model.pt
+    dinov3_spatial_ar train DATA -o RESULTS
+    dinov3_spatial_ar examine STUDY -o FOUND --model RESULTS/model.pt
 
-Whatever a purpose changes stands in a config of its name, over that of the command. All knobs can follow.
+Whatever a purpose changes stands in a config, over that of the command. All knobs can follow. Help and errors of the
+command line need none of the bundle's libraries.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import textwrap
+import warnings
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+from .bundle_command import ROOT
 from .bundle_command import main as run_bundle
+from .doctor import doctor
+from .knobs_page import WIDTH, in_words
 
-EXAMINE = """\
-Anomaly maps of the DICOM series of a study, or of any images in a folder. Settings come from the model, and so does the
-choice of series: those of a modality and sequence that the model has not learned from are passed over and counted, as
-are localizers, reports, earlier results and other files. A damaged file is an error. Research software; not a medical
-device.
-"""
-KNOBS = """\
-Every knob of inference can follow as --NAME VALUE, such as --device cuda:0, --on_error skip, --weights PATH,
---segment_unlike true, or --tracking_uri sqlite:///runs.db for an MLflow run. docs/knobs.md lists them.
-"""
+NAME = "dinov3_spatial_ar"
+DOCTOR = "doctor"
+ARGUMENTS = ("bundle_root", "dataset_dir", "output_dir", "checkpoint")  # knobs that have a place of their own
+NO_DEVICE = "Research software; not a medical device."
+
+
+class Purpose(NamedTuple):
+    """A command of the bundle for the console.
+
+    Attributes:
+        command: of the bundle.
+        configs: that it is made of, the later ones over the earlier.
+        tables: of its knobs in ``docs/knobs.md``, that of the last config first.
+        data: what its first argument is called; empty: it takes none.
+        summary: one line.
+        help: the whole of it.
+        needs: whether data, results and model must be given; else the configs have defaults.
+    """
+
+    command: str
+    configs: tuple[str, ...]
+    tables: tuple[str, ...]
+    data: str
+    summary: str
+    help: str
+    needs: bool = False
+
+
+PURPOSES = {
+    "train": Purpose(
+        "training",
+        ("train.json",),
+        ("training", "every", "model"),
+        "DATA",
+        "learn from healthy images, and score the test split",
+        "Learn from healthy images: a BMAD folder, a folder of healthy images, volumes or studies, or a MONAI "
+        "datalist. Writes model.pt, metrics and figures. Without DATA, the synthetic sample cohort is made.",
+    ),
+    "evaluate": Purpose(
+        "evaluating",
+        ("train.json", "evaluate.json"),
+        ("evaluating", "every"),
+        "DATA",
+        "metrics of a trained model on a labeled test split",
+        "Metrics and figures of a trained model on the test split of DATA. Settings come from the model.",
+    ),
+    "infer": Purpose(
+        "inferring",
+        ("inference.json",),
+        ("inferring", "every"),
+        "IMAGES",
+        "maps, masks and scores of images",
+        "Maps, masks and scores of any image, volume or DICOM study, or of all in a folder. Settings come from the "
+        "model.",
+    ),
+    "examine": Purpose(
+        "inferring",
+        ("inference.json", "examine.json"),
+        ("examine", "inferring", "every"),
+        "FOLDER",
+        "DICOM results of the series of a study that the model knows",
+        "Anomaly maps of the DICOM series of a study, or of any images in a folder. Settings come from the model, and "
+        "so does the choice of series: those of a modality and sequence that the model has not learned from are passed "
+        "over and counted, as are localizers, reports, earlier results and other files. A damaged file is an error. "
+        "There is no MLflow run, unless --tracking_uri asks for one.",
+        needs=True,
+    ),
+    "export": Purpose(
+        "exporting",
+        ("inference.json", "export.json"),
+        ("exporting", "every"),
+        "",
+        "a trained model as TorchScript, ONNX and OpenVINO",
+        "Writes a trained model as TorchScript, ONNX and OpenVINO, and compares each file with the model. The files "
+        "hold the weights of the backbone, whose license they carry.",
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, default: that of this process."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="dinov3_spatial_ar", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=NAME,
+        description=f"Anomaly maps of medical images, learned from healthy images alone. {NO_DEVICE}",
+        epilog=f"{NAME} PURPOSE --help names all knobs of a purpose.",
+    )
     purposes = parser.add_subparsers(dest="purpose", required=True, metavar="PURPOSE")
-    examine = purposes.add_parser(
-        "examine", help="anomaly maps of studies and images", description=EXAMINE, epilog=KNOBS, allow_abbrev=False
-    )
-    examine.add_argument("dataset_dir", metavar="FOLDER", help="a study, a folder of images, or one file")
-    examine.add_argument("-o", "--output_dir", metavar="OUT", required=True, help="the folder of the results")
-    examine.add_argument("--model", "--checkpoint", dest="checkpoint", required=True, help="model.pt of a training")
-    examine.add_argument("--series_modality", metavar="TEXT", help="such as MR; null: any (default: learned)")
-    examine.add_argument(
-        "--series_description", metavar="TEXT", help="a regular expression; null: any (default: learned)"
-    )
-    examine.add_argument("--series_orientation", metavar="PLANE", help="axial, coronal or sagittal (default: any)")
-    if given[1:] and given[1].startswith("-") and given[1] not in ("-h", "--help"):
-        examine.error(f"'{given[1]}' stands where FOLDER is expected: give the folder first")
+    for name, purpose in PURPOSES.items():
+        _add(purposes, name, purpose)
+    purposes.add_parser(DOCTOR, help="what is installed and works here", description=doctor.__doc__)
+    data = given.pop(1) if given[1:] and not given[1].startswith("-") and given[0] in PURPOSES else None
     chosen, knobs = parser.parse_known_args(given)
-    named = {name: value for name, value in vars(chosen).items() if name != "purpose" and value is not None}
-    words = [f"--{name}={value}" for name, value in named.items()]
-    run_bundle(["run", "inferring", "--config_file", "['inference.json','examine.json']", *words, *knobs])
+    if chosen.purpose == DOCTOR:
+        sys.exit(doctor(ROOT))
+    _check_data(data, PURPOSES[chosen.purpose], purposes.choices[chosen.purpose])
+    run(PURPOSES[chosen.purpose], chosen, data, knobs)
+
+
+def run(purpose: Purpose, chosen: argparse.Namespace, data: str | None, knobs: Sequence[str]) -> None:
+    """Run the bundle's command of a purpose, without what MONAI says of itself."""
+    if not chosen.config:  # these configs are the package's own; of others MONAI's notice tells what they can do
+        warnings.filterwarnings("ignore", "parsing config_file")
+    import monai.bundle  # noqa: F401  gives its loggers their level, which is too chatty
+
+    for module in ("scripts", "workflows"):
+        logging.getLogger(f"monai.bundle.{module}").setLevel(logging.WARNING)
+    named = {"dataset_dir": data, "output_dir": chosen.output_dir, "checkpoint": chosen.checkpoint}
+    words = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    run_bundle(["run", purpose.command, "--config_file", str([*purpose.configs, *chosen.config]), *words, *knobs])
+
+
+def _add(purposes: Any, name: str, purpose: Purpose) -> None:
+    """Add the parser of one purpose; its data come first and are no argument, since a knob may stand before others."""
+    data = "" if not purpose.data else f" {purpose.data}" if purpose.needs else f" [{purpose.data}]"
+    output, model = ("-o OUT", "--model FILE") if purpose.needs else ("[-o OUT]", "[--model FILE]")
+    model = "" if purpose.command == "training" else f" {model}"
+    parser = purposes.add_parser(
+        name,
+        usage=f"{NAME} {name}{data} {output}{model} [--config FILE] [--NAME VALUE ...]",
+        help=purpose.summary,
+        description=textwrap.fill(f"{purpose.help} {NO_DEVICE}", WIDTH),
+        epilog="knobs, as --NAME VALUE:\n\n" + in_words(purpose.tables, without=ARGUMENTS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(checkpoint=None)
+    parser.add_argument("-o", "--output_dir", metavar="OUT", required=purpose.needs, help="the folder of the results")
+    if model:
+        parser.add_argument(
+            "--model", "--checkpoint", dest="checkpoint", metavar="FILE", required=purpose.needs, help="of a training"
+        )
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a config over the purpose's own; repeat for more",
+    )
+
+
+def _check_data(data: str | None, purpose: Purpose, parser: argparse.ArgumentParser) -> None:
+    """Refuse data that are missing, or that the purpose does not take."""
+    if data is None and purpose.needs:
+        parser.error(f"give {purpose.data} first, then -o, --model and knobs")
+    if data is not None and not purpose.data:
+        parser.error(f"'{data}' belongs to no knob: write --NAME VALUE")
