@@ -202,7 +202,7 @@ class OverlayWriter(Writer):
         plane = f" {result.cut_plane}" if result.cut_plane else ""
         place = f"{plane} slice {worst.index}{instance}" if len(result.slices) > 1 else ""
         warning = f"UNLIKE THE TRAINING DATA: {result.warning}. " if result.unlike else ""
-        score = f"score {result.score:.2f}, threshold {result.threshold:.2f}"
+        score = f"score {result.score:.2f}, image threshold {result.image_threshold:.2f}"
         overlay(
             picture(image.as_tensor(), worst.position),
             result.anomaly_map[0, ..., worst.position],
