@@ -146,15 +146,20 @@ class EvaluationReport:
                 save(unfinished, format="png")
         write_json(self.output_dir / "metrics.json", report)
         self.tracker.log(metrics, {"report": [self.output_dir / "metrics.json"]})
+        self.tracker.describe(self.markdown(report), [f"figures/{name}" for name in figures])
         self.tracker.log({}, {"figures": [self.output_dir / name for name in figures]})
         print(self.table(report))
+
+    def markdown(self, report: dict[str, Any]) -> str:
+        """The key figures of the report, as Markdown."""
+        images = f"{report['images']['healthy']} healthy, {report['images']['anomalous']} anomalous"
+        lines = [f"| {report['model']} | {images} |", "| --- | ---: |"]
+        return "\n".join([*lines, *(f"| {name} | {_number(report[name])} |" for name in METRIC_NAMES)])
 
     def table(self, report: dict[str, Any]) -> str:
         """The report for a terminal."""
         rule = "-" * 60
-        numbers = [
-            f"{name:<22}{'not defined' if report[name] is None else f'{report[name]:.4f}'}" for name in METRIC_NAMES
-        ]
+        numbers = [f"{name:<22}{_number(report[name])}" for name in METRIC_NAMES]
         protocol = ", ".join(f"{key} {value}" for key, value in report["protocol"].items() if value is not None)
         images = f"{report['images']['healthy']} healthy and {report['images']['anomalous']} anomalous test images"
         if any(row["unlike"] for row in self.rows):
@@ -207,6 +212,11 @@ def _unlike_shares(rows: list[dict[str, Any]], detector: Detector) -> dict[str, 
         ]
         shares[name] = sum(told) / len(told) if told else None
     return shares | {"wanted": float(detector.case_likeness.unlike_rate) if detector.case_likeness.knows else None}
+
+
+def _number(value: float | None) -> str:
+    """For a reader."""
+    return "not defined" if value is None else f"{value:.4f}"
 
 
 def _finite(value: float) -> float | None:

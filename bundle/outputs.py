@@ -359,5 +359,9 @@ class DetectionSaver:
         self.manifest.write(shares)
         scores = self.output_dir / self.tables[0].file
         highest = max(row["score"] for row in rows[0])
+        self.tracker.describe(
+            f"{self.settings.model}: {inputs} inputs, highest score {highest:.3g} "
+            f"(threshold of images {float(self.settings.detector.image_threshold):.3g})"
+        )
         self.tracker.log({"inputs": inputs, "highest_score": highest}, {"report": [scores]})
         print(f"{inputs} inputs: maps, masks, overlays and {scores.name} are in {self.output_dir.resolve()}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 from bundle import NAME, __version__
 from bundle.files import files_of
 
+NO_COMMIT = "unknown"
 _HEAD_BYTES = 2**20
 
 
@@ -40,7 +42,7 @@ def data_fingerprint(cases: Iterable[dict[str, Any]]) -> str:
 
 
 def git_commit(folder: str | os.PathLike) -> str:
-    """The commit of the checkout whose root is ``folder``, ``+changes`` if it has any, or ``unknown``."""
+    """The commit of the checkout whose root is ``folder``, ``+changes`` if it has any, or :data:`NO_COMMIT`."""
 
     def ask(*words: str) -> str:
         command = ["git", "-C", str(folder), *words]
@@ -48,10 +50,10 @@ def git_commit(folder: str | os.PathLike) -> str:
 
     try:
         if Path(ask("rev-parse", "--show-toplevel")) != Path(folder).resolve():
-            return "unknown"  # installed below the checkout of something else
+            return NO_COMMIT  # installed below the checkout of something else
         commit, changes = ask("rev-parse", "HEAD"), ask("status", "--porcelain")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return NO_COMMIT
     return f"{commit}+changes" if changes else commit
 
 
@@ -61,19 +63,52 @@ def is_synthetic(path: str | os.PathLike) -> bool:
     return any((parent / "cohort.json").is_file() for parent in (folder, *folder.parents))
 
 
-def run_tags(
-    detector: Described,
-    cases: Iterable[dict[str, Any]],
-    dataset_dir: str | os.PathLike,
-    bundle_root: str | os.PathLike,
-) -> dict[str, str]:
+class DataSet:
+    """What a command works on.
+
+    Args:
+        splits: the cases of each split.
+        directory: that they were found in, or the file that lists them.
+    """
+
+    def __init__(self, splits: Mapping[str, Sequence[dict[str, Any]]], directory: str | os.PathLike) -> None:
+        self.splits = splits
+        self.directory = directory
+
+    @property
+    def name(self) -> str:
+        """That of the folder or file."""
+        return Path(self.directory).resolve().name or str(self.directory)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of cases of each split that has any."""
+        return {name: len(cases) for name, cases in self.splits.items() if cases}
+
+    @property
+    def counts(self) -> str:
+        """The same in words."""
+        return ", ".join(f"{count} {name}" for name, count in self.sizes.items())
+
+    @property
+    def words(self) -> str:
+        """See :func:`data_words`."""
+        return data_words(self.directory)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See :func:`data_fingerprint`."""
+        return data_fingerprint(chain.from_iterable(self.splits.values()))
+
+
+def run_tags(detector: Described, data: DataSet, bundle_root: str | os.PathLike) -> dict[str, str]:
     """The tags of an MLflow run: backbone, hash of its weights, fingerprint of the data, commit of the code."""
     identity = detector.describe()
     return {
         "backbone": identity["backbone"],
         "weights": identity["weights"],
-        "data": data_words(dataset_dir),
-        "data_fingerprint": data_fingerprint(cases),
+        "data": data.words,
+        "data_fingerprint": data.fingerprint,
         "git_commit": git_commit(bundle_root),
         "version": __version__,
     }

@@ -14,19 +14,32 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
+from bundle import NAME
 from bundle.errors import check
 from bundle.locks import holds_lock
 from bundle.mlflow_database import PREFIX, artifact_location, database_file, ready_database
 from bundle.processes import has_ended, process_name
+from bundle.provenance import NO_COMMIT, DataSet
+from bundle.system_metrics import SystemMonitor
 
 EXPERIMENT = "dinov3_spatial_ar"
 MAX_PARAMETER_LENGTH = 500  # older MLflow servers refuse longer ones
 AT_ONCE = 100  # parameters that MLflow takes
+METRICS_AT_ONCE = 1000
+DIGEST_LENGTH = 12  # MLflow shows it whole, and takes 36 characters
+MAX_DESCRIPTION_LENGTH = 8000
 PATIENCE = 10  # after a failure nothing is sent for so many times as long as it took
+RUN = "{run}"
+# tags that MLflow shows in places of their own; mlflow.utils.mlflow_tags is slow to import
+MLFLOW_RUN_NOTE = "mlflow.note.content"
+MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE = "mlflow.source.name", "mlflow.source.type"
+MLFLOW_GIT_COMMIT, MLFLOW_GIT_DIRTY = "mlflow.source.git.commit", "mlflow.source.git.dirty"
+MLFLOW_DATASET_CONTEXT = "mlflow.data.context"
 PROCESS, FOLDER = "bundle.process", "bundle.output_dir"  # tags by which a later command knows whose run it is
 
 logger = logging.getLogger(__name__)
@@ -70,6 +83,8 @@ class Tracker:
         output_dir: where the command writes.
         timeout: seconds that a server may take for one entry, such as a file; a database in a file has no limit. The
             variables of MLflow for HTTP requests win.
+        data: what the command works on; MLflow lists it as the data set of the run.
+        system_metrics: log the load of the machine, too, where ``psutil`` is installed.
 
     Raises:
         BundleError: if the timeout is not positive.
@@ -85,12 +100,17 @@ class Tracker:
         settings: Mapping[str, Any] | None = None,
         output_dir: str | os.PathLike = ".",
         timeout: float = 5.0,
+        data: DataSet | None = None,
+        system_metrics: bool = False,
     ) -> None:
         check(timeout > 0, "tracking_timeout", timeout, "give seconds, such as 5; --tracking_uri off tracks nothing")
         is_off = uri in (None, "off") or idist.get_rank() > 0  # one run for all processes
         self.uri = None if is_off else os.environ.get("MLFLOW_TRACKING_URI") or uri
         self.run_name = f"{command} {time.strftime('%Y-%m-%d %H:%M:%S')} {uuid.uuid4().hex[:6]}"
+        self.command = command
         self.tags = dict(tags)
+        self.data = data
+        self.monitor = SystemMonitor() if system_metrics and self.uri is not None else None
         self.config = {} if config is None else config
         self.settings = {} if settings is None else dict(settings)
         self.config_files = sorted(Path(config_dir).glob("*.json")) if config_dir else []
@@ -99,6 +119,8 @@ class Tracker:
         self._client: Any = None
         self._run = ""  # id
         self._given: set[str] = set()  # names of parameters
+        self._paragraphs: deque[str] = deque()  # of the description
+        self._pictures: list[str] = []  # for the same, with RUN for the id of the run
         self._begin = int(time.time() * 1000)
         self._is_open = False
         self._waiting: deque[Entry] = deque()
@@ -119,6 +141,11 @@ class Tracker:
         if self.uri is not None and not self._is_open:
             self._is_open = True
             sys.excepthook = _ending(self, sys.excepthook)
+            if self.monitor is not None:
+                self.monitor.start()
+            if self.data is not None:
+                self._tell(Entry("data sets", _input(self.data, self.command)))
+                self.describe(f"Data: `{self.data.words}` ({self.data.counts})")
             self._send()
 
     def parameters(self, values: Mapping[str, Any]) -> None:
@@ -151,6 +178,24 @@ class Tracker:
         if metrics:
             self._tell(Entry("metrics", _call("log_batch", metrics=metrics)))
             self._send()
+
+    def describe(self, text: str, pictures: Iterable[str] = ()) -> None:
+        """Add a paragraph to the description that MLflow shows of the run; the latest comes first, pictures come last.
+
+        Args:
+            text: Markdown.
+            pictures: paths of files of the run.
+        """
+        if self.uri is None:
+            return
+        self._paragraphs.appendleft(text)
+        self._pictures += [f"![{path}](get-artifact?path={quote(path)}&run_uuid={RUN})" for path in pictures]
+        whole = "\n\n".join([*self._paragraphs, *self._pictures])[:MAX_DESCRIPTION_LENGTH]
+
+        def send(client: Any, run: str) -> None:
+            client.set_tag(run, MLFLOW_RUN_NOTE, whole.replace(RUN, run))
+
+        self._tell(Entry("descriptions", send))
 
     def log(self, metrics: Mapping[str, Any], files: Mapping[str, Iterable[str | os.PathLike]]) -> None:
         """Log numbers (None is left out) and files.
@@ -192,6 +237,9 @@ class Tracker:
             self._end("FAILED")
 
     def _end(self, status: str) -> None:
+        if self.monitor is not None:
+            self.monitor.stop()
+            self._take_samples()
         self._tell(Entry("ends of runs", _call("set_terminated", status)))
         self._not_before = -math.inf
         self._send()
@@ -205,6 +253,7 @@ class Tracker:
         """Try to send what waits, unless MLflow has just failed."""
         if self.uri is None or time.monotonic() < self._not_before:
             return
+        self._take_samples()
         begin = time.monotonic()
         failure = self._try()
         while self._waiting and not failure:  # told after an earlier try had done its last entry
@@ -214,6 +263,20 @@ class Tracker:
                 logger.warning(f"MLflow at '{self.uri}' fails ({failure}): the command goes on, and tries again later")
             self._reason = failure
             self._not_before = time.monotonic() + max(1.0, PATIENCE * (time.monotonic() - begin))
+
+    def _take_samples(self) -> None:
+        """Let the load of the machine since the last time wait with everything else."""
+        if self.monitor is None:
+            return
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(name, value, sample.milliseconds, sample.step)
+            for sample in self.monitor.take()
+            for name, value in sample.values.items()
+        ]
+        for start in range(0, len(metrics), METRICS_AT_ONCE):
+            self._tell(Entry("metrics", _call("log_batch", metrics=metrics[start : start + METRICS_AT_ONCE])))
 
     def _try(self) -> str:
         """Send what waits; returns why that failed, or nothing."""
@@ -295,7 +358,8 @@ class Tracker:
             for run in self._client.search_runs([number], mine, ViewType.ACTIVE_ONLY):
                 return str(run.info.run_id)
         self._close_killed(number)
-        tags = {**self.tags, "mlflow.user": "bundle", PROCESS: process_name(), FOLDER: str(self.output_dir)}
+        whose = {"mlflow.user": "bundle", PROCESS: process_name(), FOLDER: str(self.output_dir)}
+        tags = {**self.tags, **_source(self.command, self.tags.get("git_commit", NO_COMMIT)), **whose}
         return str(self._client.create_run(number, self._begin, tags, self.run_name).info.run_id)
 
     def _close_killed(self, experiment: str) -> None:
@@ -329,8 +393,10 @@ class EpochLogger:
         self.tracker.parameters({name: getattr(engine.state, name) for name in ("max_epochs", "epoch_length")})
 
     def note_metrics(self, engine: Engine) -> None:
-        """Log the metrics of the epoch."""
-        self.tracker.metrics(engine.state.metrics, engine.state.epoch)
+        """Log the metrics of the epoch, and the learning rate at its end."""
+        optimizer = getattr(engine, "optimizer", None)  # that of a trainer
+        rate = {} if optimizer is None else {"learning_rate": optimizer.param_groups[0]["lr"]}
+        self.tracker.metrics({**engine.state.metrics, **rate}, engine.state.epoch)
 
 
 def epoch_logger(tracker: Tracker) -> EpochLogger:
@@ -341,6 +407,28 @@ def epoch_logger(tracker: Tracker) -> EpochLogger:
 def _call(method: str, *arguments: Any, **options: Any) -> Callable[[Any, str], Any]:
     """A call of a method of an ``MlflowClient`` with the id of a run."""
     return lambda client, run: getattr(client, method)(run, *arguments, **options)
+
+
+def _input(data: DataSet, command: str) -> Callable[[Any, str], Any]:
+    """A call that lists ``data`` as the input of a run, with the command as what it was used for."""
+
+    def send(client: Any, run: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source, sizes = json.dumps({"uri": str(data.directory)}), json.dumps(data.sizes)
+        described = Dataset(data.name, data.fingerprint[:DIGEST_LENGTH], "local", source, profile=sizes)
+        client.log_inputs(run, [DatasetInput(described, [InputTag(MLFLOW_DATASET_CONTEXT, command)])])
+
+    return send
+
+
+def _source(command: str, commit: str) -> dict[str, str]:
+    """The tags that MLflow shows as the source of a run, with its commit where there is one."""
+    tags = {MLFLOW_SOURCE_NAME: f"{NAME} {command}", MLFLOW_SOURCE_TYPE: "LOCAL"}
+    if commit != NO_COMMIT:
+        known, _, changes = commit.partition("+")
+        tags |= {MLFLOW_GIT_COMMIT: known, MLFLOW_GIT_DIRTY: str(bool(changes))}
+    return tags
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -268,6 +268,8 @@ class Calibration:
         nats = self.compute.run(self.detector.healthy_log_likelihood, self.validation.batches())
         logger.info(f"the healthy validation images have a log-likelihood of {nats:.2f} nats per foreground patch")
         save_checkpoint(self.detector, self.path)
+        likelihood = f"log-likelihood of healthy validation images: {nats:.2f} nats per foreground patch"
+        self.tracker.describe(f"- {self.promise()}\n- {likelihood}")
         self.tracker.log({"healthy_log_likelihood": nats}, {"checkpoint": [self.path]})
 
     def promise(self) -> str:

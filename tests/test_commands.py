@@ -175,10 +175,15 @@ def test_mlflow_has_one_run_with_parameters_metrics_tags_and_artifacts(trained):
     assert parameters["backbone"] == "efficientnet_lite0"
     assert parameters["learning_rate"] == "0.003"
     metrics = dict(query(output / "mlflow.db", "select key, count(*) from metrics group by key"))
-    assert metrics["train_loss"] == metrics["healthy_validation_loss"] == 8
+    assert metrics["train_loss"] == metrics["healthy_validation_loss"] == metrics["learning_rate"] == 8
     assert METRICS <= set(metrics)
     tags = dict(query(output / "mlflow.db", "select key, value from tags"))
     assert {"backbone", "weights", "data_fingerprint", "git_commit"} <= set(tags)
+    description = tags["mlflow.note.content"]
+    assert "| pixel_auroc | 0." in description and "![figures/test_examples.png]" in description
+    [(digest, sizes)] = query(output / "mlflow.db", "select digest, dataset_profile from datasets")
+    assert tags["data_fingerprint"].startswith(digest)
+    assert json.loads(sizes).keys() == {"training", "validation", "test"}
     artifacts = {path.name for path in (output / "mlruns").rglob("*") if path.is_file()}
     expected = {
         "model.pt",
@@ -253,6 +258,8 @@ def test_inference_is_a_tracked_run_of_its_own(inferred):
     _, output, _ = inferred
     assert query(output / "mlflow.db", "select status from runs") == [("FINISHED",)]
     assert dict(query(output / "mlflow.db", "select key, value from latest_metrics"))["inputs"] == 4
+    [(text,)] = query(output / "mlflow.db", "select value from tags where key = 'mlflow.note.content'")
+    assert "4 inputs, highest score" in text
 
 
 def test_inference_writes_map_mask_overlay_and_score_of_every_input(inferred):

@@ -1,5 +1,6 @@
 """Every command has a run of its own, and its end is told; no fault of MLflow decides about a command."""
 
+import json
 import os
 import socket
 import sqlite3
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import EVALUATE, ROOT, command, environment
 from ignite.engine import Engine, Events
 from mlflow import MlflowClient
@@ -21,6 +23,7 @@ from bundle.errors import BundleError
 from bundle.locks import lock_folder, unlock_folders
 from bundle.model import make_detector
 from bundle.processes import process_name
+from bundle.provenance import DataSet
 from bundle.tracking import EXPERIMENT, FOLDER, PROCESS, Tracker, database, epoch_logger
 
 SMALL = {"backbone": "efficientnet_lite0", "image_size": 64, "hidden_channels": 8}
@@ -152,6 +155,73 @@ def test_a_locked_folder_has_no_other_run_at_work_whatever_machine_it_was_on(tmp
     Tracker(database(tmp_path), "training", {}, output_dir=tmp_path).start()
     unlock_folders()
     assert statuses(tmp_path)[0] == "KILLED"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data set of one training and two test images."""
+    (tmp_path / "scans").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "scans" / f"{name}.png").write_text(name)
+    cases = [{"name": name, "image": str(tmp_path / "scans" / f"{name}.png")} for name in ("a", "b", "c")]
+    return DataSet({"training": cases[:1], "validation": [], "test": cases[1:]}, tmp_path / "scans")
+
+
+def only_run(folder):
+    client = MlflowClient(database(folder))
+    [run] = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    return run
+
+
+@pytest.mark.slow
+def test_mlflow_lists_the_data_set_with_its_splits(data, tmp_path):
+    tracker = Tracker(database(tmp_path), "training", {}, data=data)
+    tracker.start()
+    tracker.finish()
+    [found] = only_run(tmp_path).inputs.dataset_inputs
+    assert found.dataset.name == "scans"
+    assert data.fingerprint.startswith(found.dataset.digest)
+    assert json.loads(found.dataset.source) == {"uri": str(tmp_path / "scans")}
+    assert json.loads(found.dataset.profile) == {"training": 1, "test": 2}
+    assert {tag.key: tag.value for tag in found.tags} == {"mlflow.data.context": "training"}
+
+
+@pytest.mark.slow
+def test_the_description_begins_with_what_came_last_and_ends_with_pictures(data, tmp_path):
+    tracker = Tracker(database(tmp_path), "training", {}, data=data)
+    tracker.start()
+    tracker.describe("| aupro | 0.5 |", ["figures/curves.png"])
+    tracker.describe("the end")
+    tracker.finish()
+    run = only_run(tmp_path)
+    assert run.data.tags["mlflow.note.content"].split("\n\n") == [
+        "the end",
+        "| aupro | 0.5 |",
+        f"Data: `{tmp_path}/scans` (1 training, 2 test)",
+        f"![figures/curves.png](get-artifact?path=figures/curves.png&run_uuid={run.info.run_id})",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("told", "commit", "dirty"), [("abc", "abc", "False"), ("abc+changes", "abc", "True"), ("unknown", None, None)]
+)
+def test_mlflow_shows_the_command_and_the_commit_as_source(tmp_path, told, commit, dirty):
+    Tracker(database(tmp_path), "training", {"git_commit": told}).start()
+    tags = only_run(tmp_path).data.tags
+    assert (tags["mlflow.source.name"], tags["mlflow.source.type"]) == ("dinov3_spatial_ar training", "LOCAL")
+    assert (tags.get("mlflow.source.git.commit"), tags.get("mlflow.source.git.dirty")) == (commit, dirty)
+
+
+@pytest.mark.slow
+def test_epochs_of_a_trainer_tell_the_learning_rate(tmp_path):
+    tracker = Tracker(database(tmp_path), "training", {})
+    engine = trainer(tracker, lambda epoch: engine.optimizer.param_groups[0].update(lr=0.1 / (epoch + 1)))
+    engine.optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    engine.run([0], max_epochs=3)
+    tracker.finish()
+    history = MlflowClient(database(tmp_path)).get_metric_history(only_run(tmp_path).info.run_id, "learning_rate")
+    assert [(one.step, round(one.value, 3)) for one in history] == [(1, 0.1), (2, 0.05), (3, 0.033)]
 
 
 def test_no_time_at_all_is_refused():

@@ -13,6 +13,7 @@ from bundle.checkpoint import load_checkpoint, save_checkpoint
 from bundle.compute import Compute
 from bundle.errors import BundleError
 from bundle.networks.scores import largest_of_each
+from bundle.tracking import Tracker
 from bundle.training import (
     Calibration,
     HealthyMaps,
@@ -284,7 +285,7 @@ def calibrated(detector, path, patients, images):
     torch.manual_seed(0)
     maps = random_maps(detector.features, len(patients))
     healthy = SimpleNamespace(batches=lambda *_: [maps], patients=patients, volumes=[], data=[{}] * images, words=dict)
-    log = SimpleNamespace(log=lambda *_: None)
+    log = Tracker("off", "training", {})
     Calibration(
         detector, healthy, healthy, Compute("cpu", "fp32"), path, log, image_false_positive_rate=0.2
     ).calibrate()
