@@ -8,31 +8,26 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import requests
 from pydicom.filereader import read_file_meta_info
 from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 
 from bundle.errors import BundleError
+from bundle.servers import HOST, free_ports, until_interrupted
 
-HOST = "127.0.0.1"
 PLACES = ("/usr/sbin", "/usr/bin", "/usr/local/sbin", "/usr/local/bin")  # services are often not on the PATH
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 INSTALL = "apt-get install orthanc orthanc-dicomweb"
 CALLERS = ("STORESCU", "ECHOSCU", "FINDSCU", "MOVESCU")  # what dcmtk's programs call themselves
 START_SECONDS = 30.0
-T = TypeVar("T")
 STOP_SECONDS = 30.0
 
 # what storescu must be told to send compressed files as they are
@@ -161,19 +156,6 @@ def configuration(server: Orthanc, storage: Path, callers: Sequence[str] = CALLE
     }
 
 
-def free_ports(**wanted: int) -> dict[str, int]:
-    """The wanted ports by name, with a free one for each 0."""
-    with ExitStack() as stack:  # all at once, so that they differ
-        sockets = [stack.enter_context(socket.socket()) for _ in wanted]
-        for port, probe in zip(wanted.values(), sockets, strict=True):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError as error:
-                raise BundleError(f"port {port} is in use: give another, or 0 for any free one") from error
-        return {name: probe.getsockname()[1] for name, probe in zip(wanted, sockets, strict=True)}
-
-
 def _wait(server: Orthanc, process: subprocess.Popen, log: Path) -> None:
     """Return when the server answers."""
     end = time.monotonic() + START_SECONDS
@@ -212,20 +194,6 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"titles that may use the DICOM network (default: {','.join(CALLERS)})",
     )
     return parser
-
-
-def until_interrupted(server: AbstractContextManager[T], words: Callable[[T], str]) -> None:
-    """Run a ``server``, and print ``words`` of it, until Ctrl-C or a signal to end; an error is one line."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        with server as started:
-            print(f"{words(started)}\nCtrl-C ends it", flush=True)
-            while True:  # a signal that comes just before a pause would be lost in it
-                time.sleep(0.5)
-    except BundleError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        pass
 
 
 def addresses(server: Orthanc) -> str:

@@ -31,9 +31,10 @@ from bundle import NAME
 from bundle.errors import BundleError
 from bundle.files import partial_prefix
 from bundle.manifest import FILE, Manifest
+from bundle.servers import HOST, free_ports, until_interrupted
 from scripts.integrations.dicomweb import TIMEOUT, connect
 from scripts.integrations.environments import cache_folder
-from scripts.integrations.orthanc import HOST, Orthanc, free_ports, running, until_interrupted
+from scripts.integrations.orthanc import Orthanc, running
 
 VERSION = "3.13.2"  # of OHIF
 PACKAGE = f"https://registry.npmjs.org/@ohif/app/-/app-{VERSION}.tgz"

@@ -35,12 +35,12 @@ from bundle.inferers import SliceBatchInferer
 from bundle.model import Settings
 from bundle.networks.detector import encode_identity
 from bundle.results import heat
+from bundle.servers import HOST
 from bundle.transforms import OrientSlicesd, ScaleIntensityByModalityd
 from scripts.integrations.environments import default_base, environment
 from scripts.integrations.monai_deploy.package import APPLICATION, CONFIGS, make_application
 from scripts.integrations.monai_deploy.recipe import embedded_configs
 from scripts.integrations.monai_deploy.study import StudyDetector
-from scripts.integrations.orthanc import HOST
 
 ROOT = Path(__file__).parents[2]
 SUBJECT = "sub-0009"
