@@ -52,7 +52,14 @@ class Server:
             "workers": 1,
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *(f"--{name}={value}" for name, value in options.items())],
+            [
+                sys.executable,
+                "-m",
+                "mlflow",
+                "server",
+                "--serve-artifacts",
+                *(f"--{name}={value}" for name, value in options.items()),
+            ],
             env={key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")} | ALONE,
             stdout=(self.folder / "log").open("a"),
             stderr=subprocess.STDOUT,

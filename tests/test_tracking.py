@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +258,25 @@ def test_a_server_is_told_everything(server, tmp_path, caplog):
     kept = server.client.download_artifacts(run.info.run_id, "report/scores.csv", str(tmp_path))
     assert Path(kept).read_text() == "name\n"
     assert not caplog.text
+
+
+@pytest.mark.slow
+def test_a_server_with_proxied_files_keeps_them_all_and_the_data_set_and_nothing_is_here(server, data, tmp_path):
+    """The client knows no folder and no credentials of the place where the server keeps files."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "curves.png").write_bytes(b"picture")
+    tracker = Tracker(server.uri, "training", {}, output_dir=tmp_path / "work", timeout=BUSY, data=data)
+    tracker.describe("| aupro | 0.5 |", ["figures/curves.png"])
+    tracker.log({}, {"figures": [tmp_path / "curves.png"]})
+    tracker.finish()
+    [run] = server.runs(tracker.run_name)
+    assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
+    assert not os.listdir(tmp_path / "work")
+    assert [used.dataset.name for used in run.inputs.dataset_inputs] == ["scans"]
+    assert run.data.tags["mlflow.note.content"].endswith(f"run_uuid={run.info.run_id})")
+    [address] = re.findall(r"\((get-artifact.*)\)", run.data.tags["mlflow.note.content"])
+    with urllib.request.urlopen(f"{server.uri}/{address}") as answer:
+        assert answer.read() == b"picture"
 
 
 @pytest.mark.slow
