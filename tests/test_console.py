@@ -4,10 +4,12 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import ROOT, environment, error_line
 
+import bundle.browse
 from bundle.networks.weights import AUTO
 from scripts.launcher import console, doctor
 from scripts.launcher.console import PURPOSES, main
@@ -128,6 +130,17 @@ def test_a_command_line_that_lacks_something_says_what(capsys, words, message):
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_browse_shows_a_folder_and_takes_nothing_else(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(bundle.browse, "browse", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    main(["browse", "out", "--no_browser", "--port", "5001"])
+    assert asked == [(Path("out"), False, 5001)]
+    with pytest.raises(SystemExit):
+        main(["browse", "out", "--device", "cpu"])
+    assert "'--device' is unknown" in capsys.readouterr().err
 
 
 @pytest.mark.slow

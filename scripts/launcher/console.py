@@ -15,6 +15,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .bundle_command import ROOT
@@ -23,7 +24,7 @@ from .doctor import doctor
 from .knobs_page import WIDTH, in_words
 
 NAME = "dinov3_spatial_ar"
-DOCTOR = "doctor"
+BROWSE, DOCTOR = "browse", "doctor"
 ARGUMENTS = ("bundle_root", "dataset_dir", "output_dir", "checkpoint")  # knobs that have a place of their own
 NO_DEVICE = "Research software; not a medical device."
 
@@ -112,11 +113,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     purposes = parser.add_subparsers(dest="purpose", required=True, metavar="PURPOSE")
     for name, purpose in PURPOSES.items():
         _add(purposes, name, purpose)
+    pages = purposes.add_parser(BROWSE, help="look at the runs of a folder of results in MLflow's pages")
+    pages.add_argument("results", metavar="RESULTS", help="an output folder, or an MLflow database of several")
+    pages.add_argument("--no_browser", dest="open_browser", action="store_false", help="print the address only")
+    pages.add_argument("--port", type=int, default=0, help="0: any free one (default: 0)")
     purposes.add_parser(DOCTOR, help="what is installed and works here", description=doctor.__doc__)
     data = given.pop(1) if given[1:] and not given[1].startswith("-") and given[0] in PURPOSES else None
     chosen, knobs = parser.parse_known_args(given)
     if chosen.purpose == DOCTOR:
         sys.exit(doctor(ROOT))
+    if chosen.purpose == BROWSE:
+        if knobs:
+            pages.error(f"'{knobs[0]}' is unknown")
+        sys.path.insert(0, str(ROOT))
+        from bundle.browse import browse
+
+        return browse(Path(chosen.results), chosen.open_browser, chosen.port)
     _check_data(data, PURPOSES[chosen.purpose], purposes.choices[chosen.purpose])
     run(PURPOSES[chosen.purpose], chosen, data, knobs)
 
