@@ -1,7 +1,7 @@
 # These commands do everything from a fresh clone:
 #   make train   sets up the environment and runs the main job
 #   make test    sets up the environment and runs linters, type checker and tests
-#   make check   the same with the fast tests alone, about a minute
+#   make check   the same with the fast tests alone, two minutes
 #   make audit   fails if a dependency has a known hole; says so where that cannot be known
 #   make sbom    writes a bill of materials of the environment (CycloneDX) to output/sbom.json
 #   make test-clinical   tests with real Orthanc, MONAI Label and MONAI Deploy; they need the Debian packages below
