@@ -132,9 +132,11 @@ def test_the_same_stack_as_nrrd_becomes_the_same_volume(tmp_path):
 def test_what_stands_straight_stays_as_it_is(tmp_path):
     affine = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.1, 0.2, 0.3) @ np.diag([1, 1, 5]), [1, 2, 3])
     nib.save(nib.Nifti1Image(np.ones(SHAPE, np.float32), affine), tmp_path / "a.nii")
-    source, image = straight(str(tmp_path / "a.nii"))
-    assert image is source
-    assert StraightenStackd("image").inverse({"image": image})["image"] is image
+    straighten = StraightenStackd("image")
+    source = LoadCased("image")({"image": str(tmp_path / "a.nii")})
+    straightened = straighten(source)
+    assert straightened["image"] is source["image"]
+    assert straighten.inverse(straightened)["image"] is source["image"]
 
 
 def test_a_mask_keeps_its_values(tmp_path):
