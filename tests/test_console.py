@@ -39,13 +39,15 @@ def test_a_purpose_is_a_command_of_configs_with_knobs_in_the_docs(name):
 
 
 @pytest.mark.parametrize("name", PURPOSES)
-def test_help_names_every_knob_of_the_purpose(name, capsys):
+def test_help_names_every_knob_of_the_purpose_on_a_narrow_terminal(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as caught:
         main([name, "--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0
     for knob in knob_lines(PURPOSES[name].tables[0]):
         assert f"--{knob.name}" in text
+    assert max(len(line) for line in text.splitlines() if not line.startswith("  --")) < 80
     assert "not a medical device" in re.sub(r"\s+", " ", text)
 
 
@@ -123,6 +125,7 @@ def test_a_command_line_becomes_that_of_the_bundle(monkeypatch, words, passed):
         (["examine", "study", "--model", "m"], "--output_dir"),
         (["export", "data"], "'data' belongs to no knob"),
         (["tarin"], "invalid choice: 'tarin'"),
+        (["doctor", "--device", "cpu"], "'--device' is unknown"),
         ([], "PURPOSE"),
     ],
 )

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from .bundle_command import ROOT
 from .bundle_command import main as run_bundle
 from .doctor import doctor
-from .knobs_page import WIDTH, in_words
+from .knobs_page import in_words, width
 
 NAME = "dinov3_spatial_ar"
 BROWSE, DOCTOR = "browse", "doctor"
@@ -117,14 +117,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pages.add_argument("results", metavar="RESULTS", help="an output folder, or an MLflow database of several")
     pages.add_argument("--no_browser", dest="open_browser", action="store_false", help="print the address only")
     pages.add_argument("--port", type=int, default=0, help="0: any free one (default: 0)")
-    purposes.add_parser(DOCTOR, help="what is installed and works here", description=doctor.__doc__)
+    machine = "look at packages, weights, device, disk and memory, and make a map of a picture"
+    purposes.add_parser(DOCTOR, help=machine, description=f"{machine.capitalize()}. Nothing is fetched or left behind.")
     data = given.pop(1) if given[1:] and not given[1].startswith("-") and given[0] in PURPOSES else None
     chosen, knobs = parser.parse_known_args(given)
+    if chosen.purpose in (BROWSE, DOCTOR) and knobs:
+        purposes.choices[chosen.purpose].error(f"'{knobs[0]}' is unknown")
     if chosen.purpose == DOCTOR:
         sys.exit(doctor(ROOT))
     if chosen.purpose == BROWSE:
-        if knobs:
-            pages.error(f"'{knobs[0]}' is unknown")
         sys.path.insert(0, str(ROOT))
         from bundle.browse import browse
 
@@ -153,9 +154,13 @@ def _add(purposes: Any, name: str, purpose: Purpose) -> None:
     model = "" if purpose.command == "training" else f" {model}"
     parser = purposes.add_parser(
         name,
-        usage=f"{NAME} {name}{data} {output}{model} [--config FILE] [--NAME VALUE ...]",
+        usage=textwrap.fill(
+            f"{NAME} {name}{data} {output}{model} [--config FILE] [--NAME VALUE ...]",
+            width() - len("usage: "),
+            subsequent_indent=" " * len("usage: "),
+        ),
         help=purpose.summary,
-        description=textwrap.fill(f"{purpose.help} {NO_DEVICE}", WIDTH),
+        description=textwrap.fill(f"{purpose.help} {NO_DEVICE}", width()),
         epilog="knobs, as --NAME VALUE:\n\n" + in_words(purpose.tables, without=ARGUMENTS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

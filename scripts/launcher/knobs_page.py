@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import textwrap
 from collections.abc import Container, Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from .bundle_command import ROOT
 
 PAGE = ROOT / "docs" / "knobs.md"
-WIDTH = 100
+LONGEST = 100  # characters of a line
 _INDENT = " " * 6
 _MARKER = re.compile(r"<!-- knobs: (\w+) -->")
 _CELLS = re.compile(r"(?<!\\)\|")
@@ -42,6 +43,11 @@ def knob_lines(table: str, page: Path = PAGE) -> list[KnobLine]:
     return found
 
 
+def width() -> int:
+    """Characters of a line that the terminal shows whole, and a person likes to read."""
+    return min(LONGEST, shutil.get_terminal_size().columns - 1)
+
+
 def in_words(tables: Iterable[str], without: Container[str] = (), page: Path = PAGE) -> str:
     """A text of the knobs in ``tables``; where two tables have a knob, the first one says its default."""
     knobs: dict[str, KnobLine] = {}
@@ -50,7 +56,7 @@ def in_words(tables: Iterable[str], without: Container[str] = (), page: Path = P
             knobs.setdefault(knob.name, knob)
     return "\n".join(
         f"  --{knob.name}  ({knob.kind}; {knob.default})\n"
-        + textwrap.fill(knob.meaning, WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT)
+        + textwrap.fill(knob.meaning, width(), initial_indent=_INDENT, subsequent_indent=_INDENT)
         for knob in knobs.values()
     )
 
