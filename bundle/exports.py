@@ -322,7 +322,8 @@ class ExportedDetector(nn.Module):
         for name, kept in runner.states.items():
             part = getattr(self, name)
             if kept:  # TorchScript keeps more than a checkpoint
-                part.load_state_dict({key: kept[key].to(value.dtype) for key, value in part.state_dict().items()})
+                wanted = {key: value for key, value in part.state_dict().items() if key in kept}
+                part.load_state_dict({key: kept[key].to(value.dtype) for key, value in wanted.items()})
         self.slice_pooling.to(compute.device)
         self._run = runner.run(compute)
         self._identity = runner.identity

@@ -445,6 +445,7 @@ class AnomalyDetector(nn.Module):
         if volumes and self.slice_pooling.width:
             self._pool_healthy(patch_maps, image_scores, volumes)
         self.threshold.fill_(conformal_threshold(patch_maps[inside], false_positive_rate, "patches"))
+        self.case_likeness.keep_patches(patch_maps[inside])
         case_scores = image_scores if cases is None else largest_of_each(image_scores, cases)
         self.image_threshold.fill_(conformal_threshold(case_scores, image_false_positive_rate, "images"))
         self.false_positive_rate.fill_(false_positive_rate)

@@ -25,6 +25,7 @@ DIRECTIONS = 32  # principal ones, each with a variance of its own; the others s
 OF_BRIGHTNESS = 3  # statistics beside the mean embedding
 SMALLEST_DEVIATION = 1e-2  # of a statistic over images: standardized embeddings have 1 over patches
 KEPT = 256  # quantiles of healthy validation cases, to tell a drift
+PATCH_RATES = 97  # shares of healthy validation patches, for each of which a model keeps what exceeds it
 FEWEST_CASES = 20  # in which a drift is looked for
 DRIFT_LEVEL = 0.01  # of the test of a drift
 
@@ -143,6 +144,7 @@ class CaseLikeness(nn.Module):
     unlike_rate: Tensor
     healthy_scores: Tensor
     healthy_unlikeness: Tensor
+    healthy_patches: Tensor
     summary: Tensor
 
     __jit_unused_properties__ = ("knows", "learned")
@@ -154,6 +156,7 @@ class CaseLikeness(nn.Module):
         self.register_buffer("unlike_rate", torch.zeros((), dtype=torch.float64))
         self.register_buffer("healthy_scores", torch.zeros(KEPT))
         self.register_buffer("healthy_unlikeness", torch.zeros(KEPT))
+        self.register_buffer("healthy_patches", torch.zeros(PATCH_RATES))
         self.register_buffer("summary", torch.zeros(0, dtype=torch.uint8))
 
     @property
@@ -236,6 +239,13 @@ class CaseLikeness(nn.Module):
         self.healthy_scores.copy_(_quantiles(case_scores[kept]))
         self.healthy_unlikeness.copy_(_quantiles(of_cases[kept]))
 
+    @torch.no_grad()
+    def keep_patches(self, scores: Tensor) -> None:
+        """Keep what shares :func:`patch_rates` of healthy validation patches exceed; ``scores`` of any shape."""
+        ordered = scores.flatten().double().sort(descending=True).values
+        places = (patch_rates() * len(ordered)).long().clamp_max(len(ordered) - 1)
+        self.healthy_patches.copy_(ordered[places])
+
     def remember(self, learned: Learned) -> None:
         """Keep the summary ``learned``."""
         self.summary = torch.tensor(list(json.dumps(learned._asdict(), sort_keys=True).encode()), dtype=torch.uint8)
@@ -264,7 +274,13 @@ class CaseLikeness(nn.Module):
         if stored is not None:
             read_summary(stored)
             self.summary = torch.zeros_like(stored)  # its length is that of what is stored
+        state_dict.setdefault(prefix + "healthy_patches", torch.zeros(PATCH_RATES))  # which earlier models do not keep
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def patch_rates() -> Tensor:
+    """Shares from 1e-4 to 1, evenly in their logarithm, [:data:`PATCH_RATES`] float64."""
+    return torch.logspace(-4, 0, PATCH_RATES, dtype=torch.float64)
 
 
 def enough_for(patients: int, rate: float) -> bool:
