@@ -4,13 +4,14 @@
 #   make check   the same with the fast tests alone, two minutes
 #   make audit   fails if a dependency has a known hole; says so where that cannot be known
 #   make sbom    writes a bill of materials of the environment (CycloneDX) to output/sbom.json
+#   make charts  builds the charts of reports anew from npm, and fails if they are not those that are here
 #   make test-clinical   tests with real Orthanc, MONAI Label and MONAI Deploy; they need the Debian packages below
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TOOLS := .venv-tools
 
-.PHONY: train test check lint audit sbom test-clinical debian-packages
+.PHONY: charts train test check lint audit sbom test-clinical debian-packages
 
 train: $(VENV)/installed
 	$(BIN)/python -m monai.bundle run training --config_file configs/train.json
@@ -39,6 +40,10 @@ sbom: $(VENV)/installed $(TOOLS)/installed
 
 test-clinical: $(VENV)/installed
 	$(BIN)/python -m pytest tests/clinical --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
+
+charts:
+	cd scripts/charts && npm ci --ignore-scripts --no-fund --no-audit && npm run build
+	git diff --exit-code bundle/report/charts.js
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 

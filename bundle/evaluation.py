@@ -14,7 +14,7 @@ from typing import Any
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
-from bundle.data.cases import Case
+from bundle.data.cases import Case, number_patients
 from bundle.distributed import gather
 from bundle.errors import BundleError
 from bundle.figures import Example, curves, gallery, picture, placement
@@ -23,6 +23,7 @@ from bundle.manifest import FIGURES, SCORES
 from bundle.metrics import METRIC_NAMES, AnomalyMetric
 from bundle.networks.detector import Detector, air_of
 from bundle.provenance import data_words, model_words
+from bundle.report import Report, Truth
 from bundle.results import CaseResult
 from bundle.tracking import Tracker
 
@@ -44,6 +45,7 @@ class EvaluationReport:
         dataset_dir: for the words about the data.
         protocol: how the numbers were made: size, mask rule, ... (plain JSON values).
         tracker: logs numbers and figures.
+        report: of the run, which shows the cases; None: none is made.
         false_positive_rate, image_false_positive_rate: what the thresholds of ``detector`` must have been chosen for,
             see :func:`check_rates`; None: whatever it was.
     """
@@ -57,6 +59,7 @@ class EvaluationReport:
         dataset_dir: str | os.PathLike,
         protocol: dict[str, Any],
         tracker: Tracker,
+        report: Report | None = None,
         false_positive_rate: float | None = None,
         image_false_positive_rate: float | None = None,
     ) -> None:
@@ -66,6 +69,8 @@ class EvaluationReport:
         self.protocol = protocol
         self.data_words = data_words(dataset_dir)
         self.tracker = tracker
+        self.report = report
+        self.owners = dict(zip((case["name"] for case in data), number_patients(data), strict=True))
         self.rates = (false_positive_rate, image_false_positive_rate)
         names: dict[int, list[str]] = {label: [] for label in EXAMPLES}
         for case in data:
@@ -88,6 +93,8 @@ class EvaluationReport:
             like = None if result.unlike is None else int(not result.unlike)
             found = {"score": result.score, "in_distribution": like, "unlike": result.warning}
             self.rows.append({"name": result.name, "label": int(case["label"])} | found)
+            if self.report is not None:
+                self.report.add_case(result, {**case, **output}, self._truth(case, output))
             if result.name in self.shown:
                 worst = result.worst_position
                 self.examples.append(
@@ -100,6 +107,13 @@ class EvaluationReport:
                         place=placement(case["image"]),
                     )
                 )
+
+    def _truth(self, case: dict[str, Any], output: dict[str, Any]) -> Truth:
+        scored = None
+        if "metric_mask" in output:
+            scored = (output["metric_map"].cpu().numpy(), output["metric_mask"].cpu().numpy() > 0)
+        mask = case["mask"].numpy()[0] if "mask" in case else None
+        return Truth(int(case["label"]), self.owners[case["name"]], mask, scored)
 
     def write(self, engine: Engine) -> None:
         """Write the files, log them and print the table, in the first process for all."""
@@ -145,6 +159,8 @@ class EvaluationReport:
             with whole_file(self.output_dir / name) as unfinished:
                 save(unfinished, format="png")
         write_json(self.output_dir / "metrics.json", report)
+        if self.report is not None:
+            self.report.add_metrics(metrics, protocol)
         self.tracker.log(metrics, {"report": [self.output_dir / "metrics.json"]})
         self.tracker.describe(self.markdown(report), [f"figures/{name}" for name in figures])
         self.tracker.log({}, {"figures": [self.output_dir / name for name in figures]})

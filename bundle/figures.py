@@ -170,9 +170,9 @@ def overlay(
         place: of the slice: gives both pictures their shape, a scale bar and letters; None: pixels are squares.
         caption: the text.
     """
-    height, width = _extent(anomaly_map, place)
+    height, width = extent(anomaly_map, place)
     zoom = min(max(1, math.ceil(LOW / height)), max(LONG, *anomaly_map.shape) / max(height, width))
-    shown, values = (_resized(one, place, zoom) for one in (image, anomaly_map))
+    shown, values = (resized(one, place, zoom) for one in (image, anomaly_map))
     panels = [
         _annotated(pixels, _millimeters(image, place), place)
         for pixels in (_as_bytes(_as_rgb(shown)), blend(shown, values, threshold, air))
@@ -233,9 +233,9 @@ def curves(roc: tuple[np.ndarray, np.ndarray], precision_recall: tuple[np.ndarra
 def _row(example: Example, threshold: float, air: float) -> list[Image.Image]:
     """The pictures of a gallery's row."""
     place = example.place
-    zoom = CELL / max(_extent(example.anomaly_map, place))
-    shown, values = (_resized(one, place, zoom) for one in (example.image, example.anomaly_map))
-    mask = np.zeros(values.shape) if example.mask is None else _resized(example.mask, place, zoom) > 0
+    zoom = CELL / max(extent(example.anomaly_map, place))
+    shown, values = (resized(one, place, zoom) for one in (example.image, example.anomaly_map))
+    mask = np.zeros(values.shape) if example.mask is None else resized(example.mask, place, zoom) > 0
     heated = colormaps[COLORMAP](heat(values, threshold) * body(shown, air))[..., :3]
     image = _annotated(_as_bytes(_as_rgb(shown)), _millimeters(example.image, place), place)
     truth, colors = (Image.fromarray(_as_bytes(_as_rgb(one))) for one in (mask, heated))
@@ -244,7 +244,7 @@ def _row(example: Example, threshold: float, air: float) -> list[Image.Image]:
     return [image, truth, colors, Image.fromarray(blend(shown, values, threshold, air))]
 
 
-def _extent(image: np.ndarray, place: Placement | None) -> tuple[float, float]:
+def extent(image: np.ndarray, place: Placement | None) -> tuple[float, float]:
     """Height and width of ``image`` [H, W, ...], in the shorter sides of its pixels."""
     down, right = place.spacing if place else (1.0, 1.0)
     return image.shape[0] * down / min(down, right), image.shape[1] * right / min(down, right)
@@ -255,9 +255,14 @@ def _millimeters(image: np.ndarray, place: Placement | None) -> float:
     return image.shape[1] * place.spacing[1] if place else 0.0
 
 
-def _resized(image: np.ndarray, place: Placement | None, zoom: float) -> np.ndarray:
+def zoom_to(image: np.ndarray, place: Placement | None, side: int) -> float:
+    """The zoom by which :func:`resized` gives ``image`` a longer side of ``side`` pixels, at most 1."""
+    return min(1.0, side / max(extent(image, place)))
+
+
+def resized(image: np.ndarray, place: Placement | None, zoom: float) -> np.ndarray:
     """``image`` [H, W] or [H, W, 3] as large as it is shown: pixels repeated, or their means."""
-    height, width = (max(1, round(zoom * side)) for side in _extent(image, place))
+    height, width = (max(1, round(zoom * side)) for side in extent(image, place))
     if (height, width) == image.shape[:2]:
         return image
     bands = np.moveaxis(image, -1, 0) if image.ndim == 3 else image[None]

@@ -23,6 +23,7 @@ from bundle.files import files_below, whole_files, write_csv, writing
 from bundle.manifest import FILE, OF_RUN, Manifest
 from bundle.networks.detector import Detector
 from bundle.provenance import data_words
+from bundle.report import Report
 from bundle.results import CaseResult
 from bundle.tracking import Tracker
 from bundle.writers import NIFTI, OUTPUT_FORMATS, WRITERS, OutputSettings, Writer
@@ -221,6 +222,7 @@ class DetectionSaver:
         detector: with the threshold of its checkpoint.
         dataset_dir: for the words about the data.
         tracker: its run opens with the first result and keeps ``scores.csv``.
+        report: of the run, written at its end beside the tables; None: none is made.
         model_file: of the detector; DICOM objects tell its hash.
         preprocessing: of the images, invertible; needed for DICOM objects.
         write_dicom: write DICOM objects, ``auto``: of DICOM images alone, else cases must have passed
@@ -244,6 +246,7 @@ class DetectionSaver:
         detector: Detector,
         dataset_dir: str | os.PathLike,
         tracker: Tracker,
+        report: Report | None = None,
         model_file: str | os.PathLike = "",
         preprocessing: Any = None,
         write_dicom: bool | Literal["auto"] = False,
@@ -261,6 +264,7 @@ class DetectionSaver:
         self.output_dir = Path(output_dir)
         self.manifest = Manifest(output_dir, idist.get_rank())
         self.tracker = tracker
+        self.report = report if report is not None and report.is_wanted else None
         self.skips = check_choice("on_error", on_error, ("raise", "skip")) == "skip"
         self.skipped = 0
         self.settings = OutputSettings(
@@ -284,9 +288,13 @@ class DetectionSaver:
         engine.add_event_handler(Events.COMPLETED, self.save_tables)
 
     def check_tables(self) -> None:
-        """Refuse, before any work, to replace tables that are no results."""
-        for table in self.tables:
-            self.manifest.check_owned(table.file)
+        """Refuse, before any work, to replace tables or a report that are no results."""
+        for file in self._of_run():
+            self.manifest.check_owned(file)
+
+    def _of_run(self) -> list[str]:
+        """The names of the files that belong to no single input."""
+        return [table.file for table in self.tables] + ([self.report.file.name] if self.report else [])
 
     def tell_what_is_unknown(self) -> None:
         """Say once that a model cannot tell what is unlike its training data."""
@@ -330,6 +338,8 @@ class DetectionSaver:
         self.manifest.settle(result.name, left - files)
         for table in self.tables:
             table.add(result)
+        if self.report is not None:
+            self.report.add_case(result, data, files=files)
 
     def _left(self, name: str) -> set[str]:
         """What an earlier run has left for the result ``name`` in the formats of this one."""
@@ -341,6 +351,8 @@ class DetectionSaver:
         """Write the tables, of all processes, in the first one."""
         rows = [table.gathered() for table in self.tables]
         inputs, skipped, shares = len(rows[0]), sum(gather(self.skipped)), gather(self.manifest.mine)
+        if self.report is not None:
+            self.report.join()
         if idist.get_rank() > 0:
             return
         if skipped:
@@ -348,8 +360,9 @@ class DetectionSaver:
         if not inputs:
             raise BundleError("there is no result of any input: see above, and check the files and the disk")
         files = {table.file: lines for table, lines in zip(self.tables, rows, strict=True) if lines}
-        stale = {table.file for table in self.tables if table.file in self.manifest.files_of(OF_RUN)} - files.keys()
-        self.manifest.claim(OF_RUN, "", files.keys())
+        written = {*files, *([self.report.file.name] if self.report else [])}
+        stale = {file for file in self._of_run() if file in self.manifest.files_of(OF_RUN)} - written
+        self.manifest.claim(OF_RUN, "", written)
         for table in self.tables:
             if table.file in files:
                 write_csv(self.output_dir / table.file, files[table.file], table.columns)
@@ -357,6 +370,8 @@ class DetectionSaver:
             (self.output_dir / file).unlink(missing_ok=True)
         self.manifest.settle(OF_RUN, stale)
         self.manifest.write(shares)
+        if self.report is not None:
+            self.report.write()
         scores = self.output_dir / self.tables[0].file
         highest = max(row["score"] for row in rows[0])
         self.tracker.describe(

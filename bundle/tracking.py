@@ -136,6 +136,11 @@ class Tracker:
         """What logs the epochs of an engine into this run."""
         return EpochLogger(self)
 
+    @property
+    def plain_values(self) -> dict[str, Any]:
+        """The config and the settings, as far as they are plain values, by id."""
+        return {key: value for key, value in sorted({**self.config, **self.settings}.items()) if _is_plain(value)}
+
     def start(self) -> None:
         """Open the run."""
         if self.uri is not None and not self._is_open:
@@ -218,7 +223,7 @@ class Tracker:
         if self.uri is None:
             return
         self.start()
-        config = {key: value for key, value in sorted({**self.config, **self.settings}.items()) if _is_plain(value)}
+        config = self.plain_values
         self.parameters({key.replace("::", "."): value for key, value in config.items()})
         self._tell(Entry("files", _call("log_text", json.dumps(config, indent=1), "configs/resolved_config.json")))
         self.log({}, {"configs": self.config_files})
@@ -393,10 +398,15 @@ class EpochLogger:
         self.tracker.parameters({name: getattr(engine.state, name) for name in ("max_epochs", "epoch_length")})
 
     def note_metrics(self, engine: Engine) -> None:
-        """Log the metrics of the epoch, and the learning rate at its end."""
-        optimizer = getattr(engine, "optimizer", None)  # that of a trainer
-        rate = {} if optimizer is None else {"learning_rate": optimizer.param_groups[0]["lr"]}
-        self.tracker.metrics({**engine.state.metrics, **rate}, engine.state.epoch)
+        """Log the numbers of the epoch."""
+        self.tracker.metrics(epoch_numbers(engine), engine.state.epoch)
+
+
+def epoch_numbers(engine: Engine) -> dict[str, Any]:
+    """The metrics of the epoch, and the learning rate at its end."""
+    optimizer = getattr(engine, "optimizer", None)  # that of a trainer
+    rate = {} if optimizer is None else {"learning_rate": optimizer.param_groups[0]["lr"]}
+    return {**engine.state.metrics, **rate}
 
 
 def epoch_logger(tracker: Tracker) -> EpochLogger:

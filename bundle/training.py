@@ -31,6 +31,7 @@ from bundle.learned import Learned
 from bundle.networks.detector import AnomalyDetector
 from bundle.networks.scores import check_rate, rate_interval
 from bundle.networks.weights import read_plain, weights_id
+from bundle.report import Report
 from bundle.tracking import Tracker
 
 SCHEDULES = ("cosine", "constant")
@@ -213,6 +214,7 @@ class Calibration:
         compute: precision that inference will run in.
         path: of the checkpoint.
         tracker: its run keeps the checkpoint.
+        report: of the run, which tells what the thresholds promise; None: none is made.
         patches: about how many patches fits look at.
         false_positive_rate: of healthy patches, in (0, 1), see :meth:`AnomalyDetector.calibrate`.
         image_false_positive_rate: of healthy patients, in (0, 1).
@@ -227,6 +229,7 @@ class Calibration:
         compute: Compute,
         path: str | os.PathLike,
         tracker: Tracker,
+        report: Report | None = None,
         patches: int = 262144,
         false_positive_rate: float = 0.01,
         image_false_positive_rate: float = 0.05,
@@ -238,6 +241,7 @@ class Calibration:
         self.compute = compute
         self.path = path
         self.tracker = tracker
+        self.report = report
         self.patches = patches
         self.rates = (
             check_rate("false_positive_rate", false_positive_rate),
@@ -269,6 +273,9 @@ class Calibration:
         logger.info(f"the healthy validation images have a log-likelihood of {nats:.2f} nats per foreground patch")
         save_checkpoint(self.detector, self.path)
         likelihood = f"log-likelihood of healthy validation images: {nats:.2f} nats per foreground patch"
+        if self.report is not None:
+            for note in (self.promise(), self.detector.case_likeness.promise(), likelihood):
+                self.report.add_note(note)
         self.tracker.describe(f"- {self.promise()}\n- {likelihood}")
         self.tracker.log({"healthy_log_likelihood": nats}, {"checkpoint": [self.path]})
 
@@ -306,6 +313,7 @@ class TrainingState:
         settings: plain JSON values; what must be equal for a state to be used.
         seed: of the training.
         restart: begin anew, and remove the file of an interrupted training.
+        report: of the run, which tells of the epochs before an interruption, too; None: none is made.
 
     Raises:
         BundleError: if no epoch would be validated, or the patience is negative.
@@ -325,6 +333,7 @@ class TrainingState:
         patience: int = 6,
         seed: int = 0,
         restart: bool = False,
+        report: Report | None = None,
     ) -> None:
         if max_epochs < 1:
             raise BundleError(f"max_epochs is {max_epochs}: give at least 1, try 12")
@@ -346,6 +355,7 @@ class TrainingState:
         self.fingerprint = ""
         self.seed = seed
         self.restart = restart
+        self.report = report
         self.best_loss, self.best_epoch, self.validated_epoch = math.inf, 0, 0
         self.best_density: dict[str, Tensor] = {}
 
@@ -405,6 +415,9 @@ class TrainingState:
             self.best_density, self.best_loss, self.best_epoch, self.validated_epoch = (
                 state[key] for key in ("best_density", "best_loss", "best_epoch", "validated_epoch")
             )
+            if self.report is not None:
+                for number, values in state.get("epochs", {}).items():
+                    self.report.add_epoch(int(number), values)
         except Exception as error:  # whatever may be in the file
             raise BundleError(
                 f"'{self.path}' is damaged, or no state of an interrupted training ({type(error).__name__}): give "
@@ -438,6 +451,7 @@ class TrainingState:
                 "best_loss": self.best_loss,
                 "best_epoch": self.best_epoch,
                 "validated_epoch": self.validated_epoch,
+                "epochs": self.report.epochs if self.report is not None else {},
             },
             self.path,
         )

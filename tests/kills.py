@@ -24,7 +24,14 @@ QUICK = {"backbone": "efficientnet_lite0", "image_size": 64, "hidden_channels": 
 EXPORTS = ("onnx", "openvino", "torchscript")
 IMPORTED = (
     *("highdicom", "monai.bundle", "mlflow.store.tracking.sqlalchemy_store", "openvino", "onnxruntime", "onnxscript"),
-    *("bundle.dicom.objects", "bundle.evaluation", "bundle.exports", "bundle.outputs", "bundle.training"),
+    *(
+        "bundle.dicom.objects",
+        "bundle.evaluation",
+        "bundle.exports",
+        "bundle.outputs",
+        "bundle.report.copying",
+        "bundle.training",
+    ),
 )
 COMMANDS = ("training", "training", "evaluating", "inferring", "dicom", *EXPORTS)  # training is many stages
 
@@ -121,6 +128,11 @@ def content(path):
 
     if path.name == "exports.csv":  # times
         return path.read_text().count("\n")
+    if path.name.endswith("_report.html"):  # made at other times, in other places
+        from bundle.report.copying import read_report
+
+        record, pictures = read_report(path)
+        return {name: record[name] for name in record.keys() - {"made", "settings", "facts"}}, pictures
     if path.suffix == ".pt":
         state = torch.load(path, weights_only=True)
         return {key: (value.dtype, value.numpy().tobytes()) for key, value in state.items()}

@@ -80,6 +80,7 @@ def test_nothing_temporary_is_left(trained):
         "test_scores.csv",
         "test_examples.png",
         "test_curves.png",
+        "training_report.html",
         "mlflow.db",
         "mlruns",
         "feature_cache",

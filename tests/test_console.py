@@ -10,6 +10,7 @@ import pytest
 from commands import ROOT, environment, error_line
 
 import bundle.browse
+import bundle.report.copying
 from bundle.networks.weights import AUTO
 from scripts.launcher import console, doctor
 from scripts.launcher.console import PURPOSES, main
@@ -144,6 +145,22 @@ def test_browse_shows_a_folder_and_takes_nothing_else(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["browse", "out", "--device", "cpu"])
     assert "'--device' is unknown" in capsys.readouterr().err
+
+
+def test_report_opens_a_copy_without_names(monkeypatch, tmp_path):
+    done = []
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(bundle.report.copying, "reports_in", lambda places: [tmp_path / places[0]])
+    monkeypatch.setattr(bundle.report.copying, "copy_report", lambda *arguments: done.append(arguments))
+    monkeypatch.setattr(bundle.report.copying, "show_reports", lambda *arguments: done.append(arguments))
+    main(["report", "out", "-o", "copy.html", "--hide_names", "--limit_mb", "3", "--no_browser"])
+    assert done == [(tmp_path / "out", Path("copy.html"), 3.0, True), (["copy.html"], False)]
+
+
+def test_report_says_in_one_line_that_there_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit, match="error: no report at '.*': give the output_dir"):
+        main(["report", str(tmp_path)])
 
 
 @pytest.mark.slow

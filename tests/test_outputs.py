@@ -183,6 +183,9 @@ def left_in(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+OF_RUN = {"scores.csv", "results.json", "inferring_report.html"}
+
+
 def results_of(*names):
     return {f"{name}_{kind}" for name in names for kind in ("map.tiff", "mask.png", "overlay.png")}
 
@@ -203,7 +206,7 @@ def test_results_of_inputs_in_a_folder_that_is_named_like_a_result_stay(tmp_path
     assert left_in(tmp_path / "out") >= results_of("a", "a_overlay/b")
     infer(tmp_path / "in", tmp_path / "all")
     infer(tmp_path / "in", tmp_path / "all")
-    assert left_in(tmp_path / "all") == {*results_of("a", "a_overlay/b"), "scores.csv", "results.json"}
+    assert left_in(tmp_path / "all") == {*results_of("a", "a_overlay/b"), *OF_RUN}
 
 
 @pytest.mark.parametrize("output", ["in", "link"])
@@ -222,7 +225,7 @@ def test_results_in_the_folder_of_the_data_are_no_inputs_of_the_next_run(tmp_pat
     picture(tmp_path / "in/a.png")
     infer(tmp_path / "in", tmp_path / "in/out")
     infer(tmp_path / "in", tmp_path / "in/out")
-    assert left_in(tmp_path / "in/out") == {*results_of("a"), "scores.csv", "results.json"}
+    assert left_in(tmp_path / "in/out") == {*results_of("a"), *OF_RUN}
 
 
 def test_an_image_among_the_results_that_is_none_is_not_passed_over(tmp_path):
@@ -277,7 +280,7 @@ def test_a_result_that_is_not_written_anew_is_removed_by_the_next_run(tmp_path):
     (tmp_path / "in/a.nii.gz").unlink()
     picture(tmp_path / "in/a.png")
     infer(tmp_path / "in", tmp_path / "out")
-    assert left_in(tmp_path / "out") == {*results_of("a"), "scores.csv", "results.json"}
+    assert left_in(tmp_path / "out") == {*results_of("a"), *OF_RUN}
 
 
 def test_results_json_names_every_result_and_its_input(tmp_path):
@@ -285,7 +288,7 @@ def test_results_json_names_every_result_and_its_input(tmp_path):
     picture(tmp_path / "in/deep/b.png")
     infer(tmp_path / "in", tmp_path / "out")
     assert json.loads((tmp_path / "out/results.json").read_text()) == {
-        "tables": ["scores.csv"],
+        "tables": ["inferring_report.html", "scores.csv"],
         "results": {
             name: {"input": str(tmp_path / "in" / f"{name}.png"), "files": sorted(results_of(name))}
             for name in ("a", "deep/b")
@@ -327,7 +330,7 @@ def test_a_killed_run_leaves_no_result_that_the_next_one_does_not_own(tmp_path, 
     assert len(left) in (count, count - 1)  # the first one moved is the model
     assert left <= Manifest(tmp_path / "in/out").files
     infer(tmp_path / "in", tmp_path / "in/out")
-    assert left_in(tmp_path / "in/out") >= {*results_of("a", "b"), "scores.csv", "results.json"}
+    assert left_in(tmp_path / "in/out") >= {*results_of("a", "b"), *OF_RUN}
     assert not list((tmp_path / "in/out").glob("results-*"))
 
 
@@ -363,7 +366,7 @@ def test_an_input_that_goes_bad_after_the_check_is_named_counted_and_passed_over
         FAULTS[fault](tmp_path / "in/b.png")
 
     infer(tmp_path / "in", tmp_path / "out", meanwhile, num_workers=num_workers, on_error="skip", batch_size=1)
-    assert left_in(tmp_path / "out") == {*results_of("a", "c"), "scores.csv", "results.json"}
+    assert left_in(tmp_path / "out") == {*results_of("a", "c"), *OF_RUN}
     assert f"{tmp_path}/in/b.png'" in caplog.text
     assert "skipped 1 of 3 images that cannot be read any more" in caplog.text
 
@@ -446,7 +449,7 @@ def test_a_name_that_is_no_text_is_named_and_passed_over(tmp_path, caplog):
     assert r"in/b\udcff.png' is no UTF-8: rename the file" in line
     infer(tmp_path / "in", tmp_path / "out", on_error="skip")
     assert "skipped 1 of 2 images" in caplog.text
-    assert left_in(tmp_path / "out") == {*results_of("a"), "scores.csv", "results.json"}
+    assert left_in(tmp_path / "out") == {*results_of("a"), *OF_RUN}
 
 
 @pytest.mark.parametrize(

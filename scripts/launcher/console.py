@@ -24,9 +24,13 @@ from .doctor import doctor
 from .knobs_page import in_words, width
 
 NAME = "dinov3_spatial_ar"
-BROWSE, DOCTOR = "browse", "doctor"
+REPORT, BROWSE, DOCTOR = "report", "browse", "doctor"
 ARGUMENTS = ("bundle_root", "dataset_dir", "output_dir", "checkpoint")  # knobs that have a place of their own
 NO_DEVICE = "Research software; not a medical device."
+ABOUT_REPORTS = (
+    "Each training, evaluation and inference writes a report, one HTML file. This opens it, or writes a copy: with "
+    "numbers in the place of names, or with fewer pictures. Pixels stay as they are: faces are not hidden."
+)
 
 
 class Purpose(NamedTuple):
@@ -113,6 +117,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     purposes = parser.add_subparsers(dest="purpose", required=True, metavar="PURPOSE")
     for name, purpose in PURPOSES.items():
         _add(purposes, name, purpose)
+    reports = purposes.add_parser(
+        REPORT, help="open the reports of results, or copy one without names", description=ABOUT_REPORTS
+    )
+    reports.add_argument("results", nargs="+", metavar="RESULTS", help="output folders, or reports")
+    reports.add_argument("-o", "--copy", metavar="PAGE", help="write a copy of the latest report, and open that")
+    reports.add_argument("--hide_names", action="store_true", help="of cases, files and folders, in the copy")
+    reports.add_argument("--limit_mb", type=float, default=8.0, help="the size of the copy (default: 8)")
+    reports.add_argument("--no_browser", dest="open_browser", action="store_false", help="print addresses only")
     pages = purposes.add_parser(BROWSE, help="look at the runs of a folder of results in MLflow's pages")
     pages.add_argument("results", metavar="RESULTS", help="an output folder, or an MLflow database of several")
     pages.add_argument("--no_browser", dest="open_browser", action="store_false", help="print the address only")
@@ -121,10 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     purposes.add_parser(DOCTOR, help=machine, description=f"{machine.capitalize()}. Nothing is fetched or left behind.")
     data = given.pop(1) if given[1:] and not given[1].startswith("-") and given[0] in PURPOSES else None
     chosen, knobs = parser.parse_known_args(given)
-    if chosen.purpose in (BROWSE, DOCTOR) and knobs:
+    if chosen.purpose in (REPORT, BROWSE, DOCTOR) and knobs:
         purposes.choices[chosen.purpose].error(f"'{knobs[0]}' is unknown")
     if chosen.purpose == DOCTOR:
         sys.exit(doctor(ROOT))
+    if chosen.purpose == REPORT:
+        return report(chosen)
     if chosen.purpose == BROWSE:
         sys.path.insert(0, str(ROOT))
         from bundle.browse import browse
@@ -132,6 +146,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return browse(Path(chosen.results), chosen.open_browser, chosen.port)
     _check_data(data, PURPOSES[chosen.purpose], purposes.choices[chosen.purpose])
     run(PURPOSES[chosen.purpose], chosen, data, knobs)
+
+
+def report(chosen: argparse.Namespace) -> None:
+    """Open reports, or a copy of the latest one; an error is one line."""
+    sys.path.insert(0, str(ROOT))
+    from bundle.errors import BundleError
+    from bundle.report.copying import copy_report, reports_in, show_reports
+
+    try:
+        places = chosen.results
+        if chosen.copy is not None:
+            copy_report(reports_in(places)[0], Path(chosen.copy), chosen.limit_mb, chosen.hide_names)
+            places = [chosen.copy]
+        show_reports(places, chosen.open_browser)
+    except BundleError as error:
+        sys.exit(f"error: {error}")
 
 
 def run(purpose: Purpose, chosen: argparse.Namespace, data: str | None, knobs: Sequence[str]) -> None:
