@@ -32,8 +32,10 @@ from bundle.samples import make_sample_cohort
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "tests/data/metadata_schema.json"
-PARTS = ("bundle", "configs", "docs", "scripts", "LICENSE", "large_files.yml", "pyproject.toml", "Makefile")
-PARTS += ("*.md", "CITATION.cff")
+PARTS = (
+    *("bundle", "configs", "docs", "scripts", "LICENSE", "large_files.yml", "pyproject.toml", "Makefile"),
+    *("*.md", "CITATION.cff"),
+)
 MODEL = "models/model.pt"
 # the zoo keeps the model of a bundle there; a training goes on to write into its own output folder
 CHECKPOINTS = {"inference": f"$@bundle_root + '/{MODEL}'", "train": "$@output_dir + '/model.pt'"}
