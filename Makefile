@@ -14,7 +14,7 @@ TOOLS := .venv-tools
 .PHONY: train test check lint audit sbom bundle test-clinical debian-packages
 
 train: $(VENV)/installed
-	$(BIN)/python -m monai.bundle run training --config_file configs/train.json
+	$(BIN)/dinov3_spatial_ar train
 
 test: lint
 	$(BIN)/python -m pytest
