@@ -5,13 +5,13 @@ import shutil
 import zipfile
 
 import pytest
-from commands import ROOT
+from commands import IS_CLONE, ROOT
 
 from bundle import NAME, __version__
 from bundle.errors import BundleError
 from scripts.checks.model_zoo import LARGEST, MODEL, NEEDED, left_behind, main, pack, wrong_files, wrong_version
 
-pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git lists what is packed, and this is no clone")
+pytestmark = pytest.mark.skipif(not IS_CLONE, reason="git lists what is packed")
 
 
 @pytest.fixture(scope="module")

@@ -89,10 +89,9 @@ def pack(folder: Path, model: Path | None = None) -> Path:
 
 def _known_to_git() -> list[str]:
     """The files of the bundle, without what was left behind in their folders."""
+    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z", "--", *PARTS]  # whoever owns the clone
     try:
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "--", *PARTS], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise BundleError(f"'{ROOT}' is no clone that git can list ({error}): clone the repository") from error
     return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]

@@ -226,7 +226,7 @@ def test_the_mask_of_a_picture_is_the_bundles_own(server, own_masks):
     np.testing.assert_array_equal(found > 0, own > 0)
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git lists what is packed, and this is no clone")
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git lists what is packed")
 def test_the_unpacked_zip_of_the_zoo_serves_its_own_model(studies, own_masks, model_knobs, tmp_path):
     shutil.unpack_archive(pack(tmp_path, model_knobs["checkpoint"]), tmp_path)
     knobs = {**model_knobs, "checkpoint": IN_THE_ZOO}
