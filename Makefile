@@ -5,16 +5,17 @@
 #   make audit   fails if a dependency has a known hole; says so where that cannot be known
 #   make sbom    writes a bill of materials of the environment (CycloneDX) to output/sbom.json
 #   make charts  builds the charts of reports anew from npm, and fails if they are not those that are here
+#   make bundle  makes dist/*.zip for MONAI's model zoo and checks it; MODEL=output/model.pt puts a trained model in
 #   make test-clinical   tests with real Orthanc, MONAI Label and MONAI Deploy; they need the Debian packages below
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TOOLS := .venv-tools
 
-.PHONY: charts train test check lint audit sbom test-clinical debian-packages
+.PHONY: train test check lint audit sbom bundle charts test-clinical debian-packages
 
 train: $(VENV)/installed
-	$(BIN)/python -m monai.bundle run training --config_file configs/train.json
+	$(BIN)/dinov3_spatial_ar train
 
 test: lint
 	$(BIN)/python -m pytest
@@ -37,6 +38,9 @@ sbom: $(VENV)/installed $(TOOLS)/installed
 	mkdir -p output
 	$(TOOLS)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml \
 		--output-format JSON --output-file output/sbom.json
+
+bundle: $(VENV)/installed
+	$(BIN)/python -m scripts.checks.model_zoo $(if $(MODEL),--model $(MODEL))
 
 test-clinical: $(VENV)/installed
 	$(BIN)/python -m pytest tests/clinical --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10

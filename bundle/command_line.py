@@ -19,6 +19,7 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 from monai.bundle.scripts import run
 from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
 
 from bundle.errors import BundleError, did_you_mean, log_single_lines, shown, user_error
 from bundle.knobs import SYNTAX, Knob, is_used, knob_of, reached, read_text, typed
@@ -47,6 +48,7 @@ def start(arguments: Sequence[str] | None = None) -> None:
     parser = _running_parser()
     if parser is not None and _is_run(arguments):
         sys.excepthook = show_error
+        _log_above_bars()
         given = given_texts(arguments[2:], words=1)
         _read_lines.append(arguments)
         command = given.get("run_id", arguments[2] if len(arguments) > 2 else "run")
@@ -60,6 +62,13 @@ def start(arguments: Sequence[str] | None = None) -> None:
                     parser[name] = value
     if parser is not None:
         nest_settings(parser)
+
+
+def _log_above_bars() -> None:
+    """What is logged from now on moves bars of progress down, where it would continue the line of one."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stderr, sys.stdout):
+            handler.setStream(DummyTqdmFile(handler.stream))
 
 
 def given_settings(nested: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """The bundle's commands as a user types them, and what tests ask of their output."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+IS_CLONE = (ROOT / ".git").exists() and shutil.which("git") is not None  # of which git can list the files
 TRAIN = "configs/train.json"
 EVALUATE = "['configs/train.json','configs/evaluate.json']"
 INFER = "configs/inference.json"

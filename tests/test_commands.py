@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import sqlite3
@@ -69,6 +70,11 @@ def test_synthetic_data_are_called_synthetic(trained):
 def test_the_progress_bar_shows_loss_and_time_left(trained):
     assert "train_loss=" in trained[1].stderr
     assert "training: [8/8]" in trained[1].stderr
+
+
+def test_what_is_logged_continues_no_line_of_a_progress_bar(trained):
+    assert "INFO image threshold" in trained[1].stderr
+    assert not re.search(r"\d\d:\d\d:\d\d (INFO|WARNING)", re.sub(r"(?m)^\d\d:\d\d:\d\d", "", trained[1].stderr))
 
 
 def test_nothing_temporary_is_left(trained):

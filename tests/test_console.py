@@ -1,7 +1,10 @@
 """The console command: purposes made of the bundle's own configs, help without waiting, and a look at the machine."""
 
+import contextlib
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,8 @@ from commands import ROOT, environment, error_line
 
 import bundle.browse
 import bundle.report.copying
+from bundle.networks.backbones import BACKBONES
+from bundle.networks.context import CONTEXTS
 from bundle.networks.weights import AUTO
 from scripts.launcher import console, doctor
 from scripts.launcher.console import PURPOSES, main
@@ -57,6 +62,57 @@ def test_help_imports_none_of_the_large_libraries():
     code += "print([name for name in ('torch', 'monai', 'numpy', 'mlflow', 'bundle') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.fixture(scope="module")
+def completed(tmp_path_factory):
+    """What a real bash offers for the last word of a command line, in a folder with a file and a folder."""
+    folder = tmp_path_factory.mktemp("shell")
+    (folder / "model.pt").touch()
+    (folder / "studies").mkdir()
+    with (folder / "completion.sh").open("w") as script, contextlib.redirect_stdout(script):
+        main(["completion", "bash"])
+
+    def offered(*words):
+        line = shlex.join(["dinov3_spatial_ar", *words])
+        asked = f"source completion.sh; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _shtab_dinov3_spatial_ar; "
+        asked += "printf '%s\\n' \"${COMPREPLY[@]}\""
+        bash = subprocess.run(["bash", "-c", asked], cwd=folder, capture_output=True, text=True, check=True)
+        return set(bash.stdout.split())
+
+    return offered
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["e"], {"evaluate", "examine", "export"}),
+        (["train", "--max_"], {"--max_epochs", "--max_voxels"}),
+        (["infer", "studies", "--device", "cpu", "--worst"], {"--worst_slices"}),
+        (["train", "--mode"], {"--mode"}),
+        (["train", "--mode", ""], set(CONTEXTS)),
+        (["train", "data", "--backbone", ""], {"auto", *BACKBONES}),
+        (["train", "--standardize", ""], {"true", "false"}),
+        (["infer", "--cut_plane", ""], {"axial", "coronal", "sagittal", "null"}),
+        (["train", "--hidden_channels", ""], set()),
+        (["infer", "--model", "m"], {"model.pt"}),
+        (["infer", "-o", ""], {"studies"}),
+        (["examine", "st"], {"studies"}),
+        (["completion", ""], {"bash", "zsh", "fish"}),
+    ],
+)
+def test_bash_completes_purposes_knobs_choices_and_files(completed, words, offered):
+    assert completed(*words) == offered
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_have_a_completion_of_every_knob(shell, capsys):
+    main(["completion", shell])
+    text = capsys.readouterr().out
+    assert all(knob.name in text for purpose in PURPOSES.values() for knob in knob_lines(purpose.tables[0]))
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=text, text=True, check=True)
 
 
 def passed_on(monkeypatch, words):

@@ -30,7 +30,8 @@ def wheel(tmp_path_factory):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     (source / "docs").mkdir()
-    shutil.copy(ROOT / "docs" / "knobs.md", source / "docs")
+    for name in ("knobs.md", "backbones.md"):
+        shutil.copy(ROOT / "docs" / name, source / "docs")
     for name in ("bundle", "configs", "scripts"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     pip("wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", target, source)
@@ -67,7 +68,10 @@ def test_the_wheel_holds_the_whole_bundle_in_one_package(wheel):
         "dinov3_spatial_ar",
         f"dinov3_spatial_ar-{__version__}.dist-info",
     }
-    others = {f"configs/{file.name}" for file in (ROOT / "configs").iterdir() if file.is_file()} | {"docs/knobs.md"}
+    others = {f"configs/{file.name}" for file in (ROOT / "configs").iterdir() if file.is_file()} | {
+        "docs/knobs.md",
+        "docs/backbones.md",
+    }
     assert {f"dinov3_spatial_ar/{name}" for name in modules("bundle") | others} <= names
 
 

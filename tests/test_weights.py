@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -243,7 +242,8 @@ def test_auto_takes_dinov2_from_the_hub_with_a_warning_where_dinov3_is_missing()
         network = FeatureNetwork(timm_kwargs=LEARNED_KWARGS)
     assert (network.backbone_name, network.patch_size, network.image_size) == ("dinov2_vits14", 14, 322)
     assert len(caught) == 1
-    assert "'auto' took dinov2_vits14 (hub), since there are no weights for dinov3_vits16 (" in str(caught[0].message)
+    assert str(caught[0].message).startswith("backbone 'auto' took dinov2_vits14, having no weights of dinov3_vits16:")
+    assert network.weights_origin == "hub"
 
 
 @pytest.mark.parametrize(
@@ -261,8 +261,9 @@ def test_auto_takes_dinov2_from_the_folder(place: str, tmp_path: Path, monkeypat
     torch.save(state, file) if file.suffix == ".pth" else save_file(state, file)
     (tmp_path / "weights" / "dinov2_vits14_reg4_pretrain.pth").touch()  # of another backbone
     monkeypatch.setenv("BACKBONE_WEIGHTS", str(tmp_path / "weights"))
-    with pytest.warns(UserWarning, match=re.escape(f"took dinov2_vits14 ({file})")):
-        assert FeatureNetwork(timm_kwargs=LEARNED_KWARGS).backbone_name == "dinov2_vits14"
+    with pytest.warns(UserWarning, match="took dinov2_vits14"):
+        network = FeatureNetwork(timm_kwargs=LEARNED_KWARGS)
+    assert (network.backbone_name, network.weights_origin) == ("dinov2_vits14", str(file))
 
 
 def test_own_repository_of_a_backbone_is_searched_on_the_hub() -> None:
@@ -279,7 +280,12 @@ def test_auto_falls_back_with_one_clear_warning() -> None:
     assert len(caught) == 1
     message = str(caught[0].message)
     assert "\n" not in message
-    assert "took efficientnet_lite0" in message
+    assert "took efficientnet_lite0, having no weights of dinov3_vits16 or dinov2_vits14: give --weights" in message
+    assert len(message) <= 160
+
+
+def test_the_name_that_the_warning_gives_tells_why_and_how_to_get_the_weights() -> None:
+    message = refusal("dinov3_vits16")
     assert (
         "BACKBONE_WEIGHTS is not set; the cache of the model hub does not hold it and HF_HUB_OFFLINE is set" in message
     )
@@ -290,9 +296,10 @@ def test_auto_decides_within_seconds_without_a_hub(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     begin = time.monotonic()
-    with pytest.warns(UserWarning, match=r"the model hub http://127\.0\.0\.1:9 gave none"):
+    with pytest.warns(UserWarning, match="took efficientnet_lite0"):
         FeatureNetwork()
     assert time.monotonic() - begin < 5
+    assert "the model hub http://127.0.0.1:9 gave none" in refusal("dinov3_vits16")
 
 
 def test_hub_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,9 +311,10 @@ def test_hub_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: SimpleNamespace(head=head))
-    with pytest.warns(UserWarning, match=r"for dinov3_vits16 or dinov2_vits14 \(.*gave none \(no route\)\); to use"):
+    with pytest.warns(UserWarning, match="took efficientnet_lite0"):
         FeatureNetwork()
     assert len(asked) == 1
+    assert "gave none (no route)" in refusal("dinov3_vits16")
 
 
 def test_auto_with_random_weights_is_dinov3() -> None:

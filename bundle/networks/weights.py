@@ -97,7 +97,7 @@ def find_weights(backbone: str, weights: str | os.PathLike[str] | None = None) -
             reasons += [_not_in_folder(), str(error)]
             continue
         if name != names[0]:
-            warnings.warn(_why(source, reasons), stacklevel=4)  # the line that makes the feature network
+            warnings.warn(_took(name), stacklevel=4)  # the line that makes the feature network
         return source
     raise BundleError(f"no weights for backbone '{backbone}' ({_joined(reasons)}): {_how_to_get(backbone)}")
 
@@ -214,12 +214,12 @@ class _NoneFoundError(Exception):
     """Neither the folder nor the hub has the weights; says why the hub has none."""
 
 
-def _why(source: Source, reasons: list[str]) -> str:
-    """Why 'auto' took ``source``, and how to get the first choice."""
-    wanted = " or ".join(AUTO[: AUTO.index(source.backbone)])
+def _took(backbone: str) -> str:
+    """That 'auto' took ``backbone``, and how to get the first choice; to ask for that by name tells the whole story."""
+    wanted = " or ".join(AUTO[: AUTO.index(backbone)])
     return (
-        f"backbone 'auto' took {source.backbone} ({source.origin}), since there are no weights for {wanted} "
-        f"({_joined(reasons)}); to use {AUTO[0]}, {_how_to_get(AUTO[0])}"
+        f"backbone 'auto' took {backbone}, having no weights of {wanted}: give --weights PATH; "
+        f"--backbone {AUTO[0]} says how to get them"
     )
 
 

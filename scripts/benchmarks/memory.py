@@ -192,10 +192,11 @@ def run_peer(action: str, data: Path, side: int, bank: Path) -> None:
         bank.with_suffix(".json").write_text(json.dumps({"bank_bytes": size}), encoding="utf-8")
 
 
-def draw(points: list[Point], title: str) -> Any:
-    """Four panels: training images, test images, image size, model size."""
+def draw(results: dict[str, Any]) -> Any:
+    """Four panels of what is in ``memory.json``: training images, test images, image size, model size."""
     from matplotlib.figure import Figure
 
+    points = [Point(**one) for one in results["points"]]
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2)
     series = {name: [point for point in points if point.series == name] for name in {p.series for p in points}}
@@ -233,23 +234,26 @@ def draw(points: list[Point], title: str) -> Any:
         panel.legend(fontsize=8)
         if "images" in below:
             panel.set_xscale("log")
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(f"SYNTHETIC images, EfficientNet-Lite0; {results['machine']}", fontsize=9)
     return figure
 
 
-def report(points: list[Point], command: str, machine: str, side: int) -> str:
-    """The Markdown page."""
+def report(results: dict[str, Any]) -> str:
+    """The Markdown page of what is in ``memory.json``."""
+    points = [Point(**one) for one in results["points"]]
+    side = next(point.image_size for point in points if point.series == "training")
     lines = [
         "# Memory",
         "",
         "Made by",
         "",
         "```sh",
-        command,
+        results["command"],
         "```",
         "",
-        f"on {machine}. Images are slices of the **synthetic** sample cohort; EfficientNet-Lite0 at {side} x {side} "
-        "where no other size is said. Peaks are those of whole processes, imports of torch and MONAI included; the "
+        f"on {results['machine']}. Images are slices of the **synthetic** sample cohort; EfficientNet-Lite0 at "
+        f"{side} x {side} where no other size is said. Peaks are those of whole processes, imports of torch and MONAI "
+        "included; the "
         "bundle's are those of its real commands `training` and `evaluating`.",
         "",
         "![Peak memory and model size](memory.png)",
@@ -308,17 +312,12 @@ def main() -> None:
             make_cohort(cohort, max(given.counts))
         points = measure_bundle(folder, cohort, given.counts, given.sizes, given.side)
         points += measure_peer(folder, cohort, given.counts, given.sizes, given.side)
-    publish(points, given.out, given.side)
-
-
-def publish(points: list[Point], folder: Path, side: int) -> None:
-    """``memory.json``, ``memory.md`` and ``memory.png``."""
     command = f"python -m scripts.benchmarks.memory {shlex.join(sys.argv[1:])}".strip()
     machine = f"{processor()}, {os.cpu_count()} cores"
-    rows = {"command": command, "machine": machine, "points": [vars(point) for point in points]}
-    write(folder / "memory.json", rows)
-    (folder / "memory.md").write_text(report(points, command, machine, side), encoding="utf-8")
-    draw(points, f"SYNTHETIC images, EfficientNet-Lite0; {machine}").savefig(folder / "memory.png", dpi=150)
+    results = {"command": command, "machine": machine, "points": [vars(point) for point in points]}
+    write(given.out / "memory.json", results)
+    (given.out / "memory.md").write_text(report(results), encoding="utf-8")
+    draw(results).savefig(given.out / "memory.png", dpi=150)
 
 
 if __name__ == "__main__":

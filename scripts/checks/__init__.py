@@ -1,1 +1,1 @@
-"""Checks of files that came from others, before anything in them runs."""
+"""Checks of what comes from others before anything in it runs, and of what goes to others."""

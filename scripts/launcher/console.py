@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 
 from .bundle_command import ROOT
 from .bundle_command import main as run_bundle
+from .completion import SHELLS, choices, completing
 from .doctor import doctor
-from .knobs_page import in_words, width
+from .knobs_page import in_words, knobs_of, width
 
 NAME = "dinov3_spatial_ar"
-REPORT, BROWSE, DOCTOR = "report", "browse", "doctor"
+REPORT, BROWSE, DOCTOR, COMPLETION = "report", "browse", "doctor", "completion"
 ARGUMENTS = ("bundle_root", "dataset_dir", "output_dir", "checkpoint")  # knobs that have a place of their own
 NO_DEVICE = "Research software; not a medical device."
 ABOUT_REPORTS = (
@@ -109,6 +110,29 @@ PURPOSES = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, default: that of this process."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    parser, purposes = make_parser()
+    data = given.pop(1) if given[1:] and not given[1].startswith("-") and given[0] in PURPOSES else None
+    chosen, knobs = parser.parse_known_args(given)
+    if chosen.purpose in PURPOSES:
+        purpose = PURPOSES[chosen.purpose]
+        _check_data(data, purpose, purposes[chosen.purpose])
+        return run(purpose, chosen, data, knobs)
+    if knobs:
+        purposes[chosen.purpose].error(f"'{knobs[0]}' is unknown")
+    if chosen.purpose == COMPLETION:
+        return print(completing(with_knobs(), chosen.shell))
+    if chosen.purpose == DOCTOR:
+        sys.exit(doctor(ROOT))
+    if chosen.purpose == REPORT:
+        return report(chosen)
+    sys.path.insert(0, str(ROOT))
+    from bundle.browse import browse
+
+    browse(Path(chosen.results), chosen.open_browser, chosen.port)
+
+
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The command line without data and knobs, which stand anywhere, and its part for each purpose."""
     parser = argparse.ArgumentParser(
         prog=NAME,
         description=f"Anomaly maps of medical images, learned from healthy images alone. {NO_DEVICE}",
@@ -131,21 +155,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pages.add_argument("--port", type=int, default=0, help="0: any free one (default: 0)")
     machine = "look at packages, weights, device, disk and memory, and make a map of a picture"
     purposes.add_parser(DOCTOR, help=machine, description=f"{machine.capitalize()}. Nothing is fetched or left behind.")
-    data = given.pop(1) if given[1:] and not given[1].startswith("-") and given[0] in PURPOSES else None
-    chosen, knobs = parser.parse_known_args(given)
-    if chosen.purpose in (REPORT, BROWSE, DOCTOR) and knobs:
-        purposes.choices[chosen.purpose].error(f"'{knobs[0]}' is unknown")
-    if chosen.purpose == DOCTOR:
-        sys.exit(doctor(ROOT))
-    if chosen.purpose == REPORT:
-        return report(chosen)
-    if chosen.purpose == BROWSE:
-        sys.path.insert(0, str(ROOT))
-        from bundle.browse import browse
+    shells = purposes.add_parser(COMPLETION, help="print what a shell needs to complete this command")
+    shells.add_argument("shell", choices=SHELLS)
+    return parser, dict(purposes.choices)
 
-        return browse(Path(chosen.results), chosen.open_browser, chosen.port)
-    _check_data(data, PURPOSES[chosen.purpose], purposes.choices[chosen.purpose])
-    run(PURPOSES[chosen.purpose], chosen, data, knobs)
+
+def with_knobs() -> argparse.ArgumentParser:
+    """The command line with data and knobs as arguments, for completion; it knows no knobs of configs of a user."""
+    parser, purposes = make_parser()
+    names = {knob.name for purpose in PURPOSES.values() for knob in knobs_of(purpose.tables)}
+    for name, purpose in PURPOSES.items():
+        purposes[name].description = purpose.summary  # shells show its first line
+        if purpose.data:
+            purposes[name].add_argument("data", nargs="?", metavar=purpose.data)
+        for knob in knobs_of(purpose.tables, without=ARGUMENTS):
+            says = knob.meaning.partition(": ")[0].partition(". ")[0].replace("%", "%%")
+            purposes[name].add_argument(f"--{knob.name}", choices=choices(knob, names) or None, help=says)
+    return parser
 
 
 def report(chosen: argparse.Namespace) -> None:
@@ -191,7 +217,7 @@ def _add(purposes: Any, name: str, purpose: Purpose) -> None:
         ),
         help=purpose.summary,
         description=textwrap.fill(f"{purpose.help} {NO_DEVICE}", width()),
-        epilog="knobs, as --NAME VALUE:\n\n" + in_words(purpose.tables, without=ARGUMENTS),
+        epilog="knobs, as --NAME VALUE:\n\n" + in_words(knobs_of(purpose.tables, without=ARGUMENTS)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

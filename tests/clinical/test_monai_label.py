@@ -30,6 +30,8 @@ from pydicom.uid import CTImageStorage
 from bundle.checkpoint import read_checkpoint, trained_settings
 from bundle.errors import BundleError
 from bundle.networks.detector import encode_identity
+from scripts.checks.model_zoo import MODEL as IN_THE_ZOO
+from scripts.checks.model_zoo import pack
 from scripts.integrations.monai_label.__main__ import assemble, check_studies
 from scripts.integrations.orthanc import running
 
@@ -41,7 +43,7 @@ OWN_KNOBS = {"batch_size": BATCH, "channel": 1, "tracking_uri": "off"}
 
 
 @contextmanager
-def serving(studies, log, model_knobs, *options, seconds=3000, **more):
+def serving(studies, log, model_knobs, *options, seconds=3000, root=ROOT, **more):
     """The server that the command starts, until the block ends; the first one may have to install MONAI Label."""
     knobs = {key: value for key, value in model_knobs.items() if key != "checkpoint"}
     words = ["--studies", studies, "--checkpoint", model_knobs["checkpoint"], "--port", 0]
@@ -50,7 +52,7 @@ def serving(studies, log, model_knobs, *options, seconds=3000, **more):
     with log.open("w") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "scripts.integrations.monai_label", *map(str, words)],
-            cwd=ROOT,
+            cwd=root,
             env={"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", **clean, "HF_HUB_OFFLINE": "1"},
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -222,6 +224,14 @@ def test_the_mask_of_a_picture_is_the_bundles_own(server, own_masks):
     own = np.asarray(Image.open(own_masks / "picture_mask.png"))
     assert own.any()
     np.testing.assert_array_equal(found > 0, own > 0)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git lists what is packed")
+def test_the_unpacked_zip_of_the_zoo_serves_its_own_model(studies, own_masks, model_knobs, tmp_path):
+    shutil.unpack_archive(pack(tmp_path, model_knobs["checkpoint"]), tmp_path)
+    knobs = {**model_knobs, "checkpoint": IN_THE_ZOO}
+    with serving(studies, tmp_path / "server.log", knobs, channel=1, root=tmp_path / MODEL) as server:
+        _assert_own(server.mask("oblique"), own_masks, "oblique")
 
 
 def test_scores_come_with_the_mask(server, own_masks, trained):
