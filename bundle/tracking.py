@@ -322,7 +322,7 @@ class Tracker:
                 if entry.kind in failed:
                     continue
                 try:
-                    entry.send(self._client, self._run)
+                    self._deliver(entry, bool(failed))
                 except Exception as error:
                     if not _is_refusal(error):
                         failed[entry.kind] = _words(error)
@@ -336,6 +336,15 @@ class Tracker:
         except Exception as error:
             return _words(error)
         return next(iter(failed.values()), "")
+
+    def _deliver(self, entry: Entry, has_failed: bool) -> None:
+        """Send an entry; twice after another one ``has_failed``, since that may have cost the connection."""
+        try:
+            entry.send(self._client, self._run)
+        except Exception as error:
+            if not has_failed or _is_refusal(error):
+                raise
+            self._deliver(entry, False)
 
     def _opened(self) -> str:
         """The id of the run, which is made unless an earlier try has made it."""
