@@ -17,6 +17,13 @@ from bundle.files import ARTIFACTS, partial_prefix
 
 PREFIX = "sqlite:///"
 BESIDE = ("-journal", "-wal", "-shm")  # of SQLite; beside a database that they do not belong to, they would spoil it
+# where MLflow notes places of files: table and column
+PLACES = (
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +169,7 @@ def _move_aside(file: Path) -> Path:
 def _keep_files_beside(file: Path, experiment: str) -> None:
     """Correct where the files of a folder lie that was copied or moved: MLflow notes whole paths.
 
-    Runs whose files did not come along keep their note.
+    Runs and models whose files did not come along keep their note.
     """
     here = artifact_location(file)
     with _opened(file) as connection:
@@ -173,11 +180,11 @@ def _keep_files_beside(file: Path, experiment: str) -> None:
         if not there or there == here or not (there.startswith("file:") and there.endswith(f"/{ARTIFACTS}")):
             return
         connection.execute("update experiments set artifact_location = ? where experiment_id = ?", (here, number))
-        of_runs = "select run_uuid, artifact_uri from runs where experiment_id = ?"
-        for run, uri in connection.execute(of_runs, (number,)).fetchall():
-            place = f"{here}{(uri or '').removeprefix(there)}"
-            if uri and uri.startswith(f"{there}/") and Path(unquote(urlsplit(place).path)).exists():
-                connection.execute("update runs set artifact_uri = ? where run_uuid = ?", (place, run))
+        for table, column in PLACES:
+            for row, uri in connection.execute(f"select rowid, {column} from {table}").fetchall():
+                place = f"{here}{(uri or '').removeprefix(there)}"
+                if uri and uri.startswith(f"{there}/") and Path(unquote(urlsplit(place).path)).exists():
+                    connection.execute(f"update {table} set {column} = ? where rowid = ?", (place, row))
     logger.info(
         f"'{file.parent}' is a copy, or was moved: MLflow keeps the files of its runs in '{ARTIFACTS}' there now"
     )

@@ -7,11 +7,12 @@ import logging
 import math
 import os
 import sys
+import tempfile
 import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -20,9 +21,11 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
 from bundle import NAME
-from bundle.errors import check
+from bundle.errors import BundleError, check
+from bundle.files import files_below
 from bundle.locks import holds_lock
 from bundle.mlflow_database import PREFIX, artifact_location, database_file, ready_database
+from bundle.mlflow_model import save_model
 from bundle.processes import has_ended, process_name
 from bundle.provenance import NO_COMMIT, DataSet
 from bundle.system_metrics import SystemMonitor
@@ -34,12 +37,14 @@ METRICS_AT_ONCE = 1000
 DIGEST_LENGTH = 12  # MLflow shows it whole, and takes 36 characters
 MAX_DESCRIPTION_LENGTH = 8000
 PATIENCE = 10  # after a failure nothing is sent for so many times as long as it took
+MODELS = "models"
 RUN = "{run}"
 # tags that MLflow shows in places of their own; mlflow.utils.mlflow_tags is slow to import
 MLFLOW_RUN_NOTE = "mlflow.note.content"
 MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE = "mlflow.source.name", "mlflow.source.type"
 MLFLOW_GIT_COMMIT, MLFLOW_GIT_DIRTY = "mlflow.source.git.commit", "mlflow.source.git.dirty"
 MLFLOW_DATASET_CONTEXT = "mlflow.data.context"
+MLFLOW_MODEL_VERSIONS = "mlflow.modelVersions"
 PROCESS, FOLDER = "bundle.process", "bundle.output_dir"  # tags by which a later command knows whose run it is
 
 logger = logging.getLogger(__name__)
@@ -55,11 +60,12 @@ class Entry(NamedTuple):
 
     Attributes:
         kind: in words, in the plural.
-        send: to be called with an ``MlflowClient`` and the id of the run; twice does no harm.
+        send: to be called with an ``MlflowClient`` and the id of the run; twice does no harm. What takes long is an
+            iterator, each step of which is a sign of life.
     """
 
     kind: str
-    send: Callable[[Any, str], Any]
+    send: Callable[[Any, str], Iterable[None] | None]
 
 
 class Tracker:
@@ -118,6 +124,7 @@ class Tracker:
         self.timeout = timeout
         self._client: Any = None
         self._run = ""  # id
+        self._model: str | None = None  # id, once it is logged; metrics of that time on are its own, too
         self._given: set[str] = set()  # names of parameters
         self._paragraphs: deque[str] = deque()  # of the description
         self._pictures: list[str] = []  # for the same, with RUN for the id of the run
@@ -179,9 +186,12 @@ class Tracker:
 
         now = int(time.time() * 1000)
         numbers = {key: float(value) for key, value in values.items() if _is_number(value)}
-        metrics = [Metric(key, value, now, step) for key, value in numbers.items()]
-        if metrics:
-            self._tell(Entry("metrics", _call("log_batch", metrics=metrics)))
+
+        def send(client: Any, run: str) -> None:
+            client.log_batch(run, [Metric(key, value, now, step, self._model) for key, value in numbers.items()])
+
+        if numbers:
+            self._tell(Entry("metrics", send))
             self._send()
 
     def describe(self, text: str, pictures: Iterable[str] = ()) -> None:
@@ -216,6 +226,23 @@ class Tracker:
         for folder, paths in files.items():
             for file in paths:
                 self._tell(Entry("files", _call("log_artifact", str(file), folder)))
+        self._send()
+
+    def model(self, checkpoint: str | os.PathLike, register: str | None = None) -> None:
+        """Log the trained model as one that MLflow loads and serves, see :mod:`bundle.mlflow_model`.
+
+        Args:
+            checkpoint: of the model; it stays there until the command ends.
+            register: the name under which it becomes a new version in the registry of the server; None: it does not.
+        """
+        if self.uri is None:
+            return
+        self.start()
+        import mlflow.pyfunc  # noqa: F401  # before the clock runs
+
+        self._tell(Entry(MODELS, lambda client, run: self._log_model(client, run, checkpoint)))
+        if register is not None:
+            self._tell(Entry(MODELS, lambda client, run: self._register(client, run, register)))
         self._send()
 
     def finish(self) -> None:
@@ -316,7 +343,7 @@ class Tracker:
     def _send_all(self) -> str:
         """Send what waits, in order, and leave out what MLflow refuses; returns why it stopped, or nothing.
 
-        Where files cannot be sent, numbers may: they go to another server.
+        Where files or models cannot be sent, numbers may: they go to another server.
         """
         failed: dict[str, str] = {}
         try:
@@ -327,11 +354,11 @@ class Tracker:
                 if entry.kind in failed:
                     continue
                 try:
-                    entry.send(self._client, self._run)
+                    self._deliver(entry, bool(failed))
                 except Exception as error:
                     if not _is_refusal(error):
                         failed[entry.kind] = _words(error)
-                        if len(failed) > 1:
+                        if len(failed.keys() - {MODELS}) > 1:
                             break
                         continue
                     self._reason = _words(error)
@@ -341,6 +368,57 @@ class Tracker:
         except Exception as error:
             return _words(error)
         return next(iter(failed.values()), "")
+
+    def _deliver(self, entry: Entry, has_failed: bool) -> None:
+        """Send an entry; twice after another one ``has_failed``, since that may have cost the connection."""
+        try:
+            for _ in entry.send(self._client, self._run) or ():
+                self._heartbeat = time.monotonic()
+        except Exception as error:
+            if not has_failed or _is_refusal(error):
+                raise
+            self._deliver(entry, False)
+
+    def _log_model(self, client: Any, run: str, checkpoint: str | os.PathLike) -> Iterator[None]:
+        from mlflow.entities import LoggedModelOutput
+
+        known = client.get_run(run)
+        experiment = known.info.experiment_id
+        params = {key: str(value)[:MAX_PARAMETER_LENGTH] for key, value in self.settings.items()}
+        found = client.search_logged_models([experiment], f"source_run_id = '{run}'")  # of an earlier try
+        model = found[0] if found else client.create_logged_model(experiment, NAME, run, self.tags, params)
+        if known.outputs is None or not known.outputs.model_outputs:
+            client.log_outputs(run, [LoggedModelOutput(model.model_id, step=0)])
+        yield
+        with tempfile.TemporaryDirectory(prefix=f"{NAME}-") as name:
+            folder, number = Path(name), model.model_id
+            about = {"artifact_path": model.artifact_location, "run_id": run}
+            save_model(folder, checkpoint, **about, model_uuid=number, model_id=number)
+            yield
+            for file in files_below(folder):
+                inside = file.parent.as_posix()
+                client.log_model_artifact(number, str(folder / file), None if inside == "." else inside)
+                yield
+        client.finalize_logged_model(model.model_id, "READY")
+        self._model = model.model_id
+
+    def _register(self, client: Any, run: str, name: str) -> Iterator[None]:
+        from mlflow.exceptions import MlflowException
+
+        if self._model is None:
+            raise FileNotFoundError(f"no model to register: {self._reason}")
+        model = client.get_logged_model(self._model)
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        yield
+        found = client.search_model_versions(f"run_id = '{run}'")  # of an earlier try
+        version = found[0] if found else _new_version(client, name, model)
+        yield
+        told = json.dumps([{"name": name, "version": version.version}])
+        client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: told})
 
     def _opened(self) -> str:
         """The id of the run, which is made unless an earlier try has made it."""
@@ -414,9 +492,13 @@ def epoch_logger(tracker: Tracker) -> EpochLogger:
     return tracker.handler()
 
 
-def _call(method: str, *arguments: Any, **options: Any) -> Callable[[Any, str], Any]:
+def _call(method: str, *arguments: Any, **options: Any) -> Callable[[Any, str], None]:
     """A call of a method of an ``MlflowClient`` with the id of a run."""
-    return lambda client, run: getattr(client, method)(run, *arguments, **options)
+
+    def send(client: Any, run: str) -> None:
+        getattr(client, method)(run, *arguments, **options)
+
+    return send
 
 
 def _input(data: DataSet, command: str) -> Callable[[Any, str], Any]:
@@ -430,6 +512,12 @@ def _input(data: DataSet, command: str) -> Callable[[Any, str], Any]:
         client.log_inputs(run, [DatasetInput(described, [InputTag(MLFLOW_DATASET_CONTEXT, command)])])
 
     return send
+
+
+def _new_version(client: Any, name: str, model: Any) -> Any:
+    """A version ``name`` of a logged model; by ``models:/ID`` MLflow would look for it on the server of all others."""
+    place, run = model.artifact_location, model.source_run_id
+    return client.create_model_version(name, place, run, await_creation_for=0, model_id=model.model_id)
 
 
 def _source(command: str, commit: str) -> dict[str, str]:
@@ -448,6 +536,8 @@ def _is_refusal(error: Exception) -> bool:
 
     if isinstance(error, MlflowException):
         return 400 <= error.get_http_status_code() < 500 and error.get_http_status_code() not in (408, 429)
+    if isinstance(error, BundleError):
+        return True
     return isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError, RequestException))
 
 

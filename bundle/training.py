@@ -219,6 +219,11 @@ class Calibration:
         false_positive_rate: of healthy patches, in (0, 1), see :meth:`AnomalyDetector.calibrate`.
         image_false_positive_rate: of healthy patients, in (0, 1).
         unlike_rate: of healthy cases that may be called unlike the training data, in (0, 1).
+        log_model: keep the model in the run in the form that MLflow loads and serves, too.
+        register_model: the name under which that becomes a version in the registry of the server; None: it does not.
+
+    Raises:
+        BundleError: if a rate is out of range, or the name is none, or nothing would be registered.
     """
 
     def __init__(
@@ -234,7 +239,14 @@ class Calibration:
         false_positive_rate: float = 0.01,
         image_false_positive_rate: float = 0.05,
         unlike_rate: float = 0.01,
+        log_model: bool = True,
+        register_model: str | None = None,
     ) -> None:
+        if register_model is not None:
+            named = register_model.strip() and not {"/", ":"} & {*register_model}
+            check(bool(named), "register_model", register_model, "give a name without / and :")
+            is_told = log_model and (tracker.uri is not None or idist.get_rank() > 0)
+            check(is_told, "register_model", register_model, "this needs --log_model true and a --tracking_uri")
         self.detector = detector
         self.training = training
         self.validation = validation
@@ -248,6 +260,8 @@ class Calibration:
             check_rate("image_false_positive_rate", image_false_positive_rate),
         )
         self.unlike_rate = check_rate("unlike_rate", unlike_rate)
+        self.log_model = log_model
+        self.register_model = register_model
 
     def attach(self, engine: Engine) -> None:
         """Register with the trainer."""
@@ -277,6 +291,8 @@ class Calibration:
             for note in (self.promise(), self.detector.case_likeness.promise(), likelihood):
                 self.report.add_note(note)
         self.tracker.describe(f"- {self.promise()}\n- {likelihood}")
+        if self.log_model:
+            self.tracker.model(self.path, self.register_model)
         self.tracker.log({"healthy_log_likelihood": nats}, {"checkpoint": [self.path]})
 
     def promise(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal
 
 import nibabel as nib
 import numpy as np
@@ -123,10 +123,8 @@ class PictureWriter(Writer):
         return is_flat(result.path)
 
     def write(self, stem: Path, result: CaseResult, image: MetaTensor) -> None:
-        """Write both; pictures have rows first, MONAI's axes x first."""
-        Image.fromarray(result.restored.values[..., 0].T.astype(np.float32)).save(
-            f"{stem}_map.tiff", tiffinfo={_TIFF_DESCRIPTION: self.settings.model}
-        )
+        """Write both."""
+        write_map(f"{stem}_map.tiff", result, self.settings.model)
         note = PngImagePlugin.PngInfo()
         note.add_text("Description", self.settings.model)
         Image.fromarray(result.mask[..., 0].T.astype(np.uint8) * 255).save(f"{stem}_mask.png", pnginfo=note)
@@ -250,6 +248,18 @@ class DicomWriter(Writer):
 
 
 WRITERS: tuple[type[Writer], ...] = (PictureWriter, NiftiWriter, InputFormatWriter, OverlayWriter, DicomWriter)
+
+
+def write_map(target: str | BinaryIO, result: CaseResult, model: str) -> None:
+    """Write the map of a flat image as a TIFF of 32-bit floats; pictures have rows first, MONAI's axes x first.
+
+    Args:
+        target: path, or a stream.
+        result: of the image.
+        model: in words, for the description.
+    """
+    picture = Image.fromarray(result.restored.values[..., 0].T.astype(np.float32))
+    picture.save(target, "TIFF", tiffinfo={_TIFF_DESCRIPTION: model})
 
 
 def nifti_of(values: np.ndarray, affine: np.ndarray | None, path: str, placed: bool) -> nib.Nifti1Image:

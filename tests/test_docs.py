@@ -115,7 +115,7 @@ def options():
     return knobs | options_of_scripts | MONAIS | {"model"}
 
 
-OF_MLFLOW = {"serve-artifacts", "backend-store-uri"}
+OF_MLFLOW = {"serve-artifacts", "backend-store-uri", "env-manager"}
 OF_TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max-restarts"}
 OF_OTHERS = {"platform", "output", "local-dir", "check", "help"}  # monai-deploy, curl, hf, ruff, any script
 ELSEWHERE = OF_MLFLOW | OF_TORCHRUN | OF_OTHERS

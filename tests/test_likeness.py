@@ -287,7 +287,7 @@ def test_training_keeps_what_its_cases_tell_and_a_later_run_reads_it_from_the_ca
         assert (healthy.words()["sequence"], healthy.words()["plane"]) == ({"flair": 3}, {"axial": 3})
     detector.set_standardization(*healthy.channel_moments())
     detector.fit_before_training(healthy.batches(), healthy.batches())
-    log = SimpleNamespace(log=lambda *_: None, describe=lambda *_: None)
+    log = SimpleNamespace(log=lambda *_: None, describe=lambda *_: None, model=lambda *_: None)
     Calibration(detector, healthy, healthy, Compute("cpu", "fp32"), tmp_path / "model.pt", log).calibrate()
     other = small_detector(features, foreground="all")
     load_checkpoint(other, tmp_path / "model.pt")

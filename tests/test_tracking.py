@@ -1,6 +1,7 @@
 """Every command has a run of its own, and its end is told; no fault of MLflow decides about a command."""
 
 import json
+import math
 import os
 import re
 import socket
@@ -11,6 +12,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -277,6 +279,81 @@ def test_a_server_with_proxied_files_keeps_them_all_and_the_data_set_and_nothing
     [address] = re.findall(r"\((get-artifact.*)\)", run.data.tags["mlflow.note.content"])
     with urllib.request.urlopen(f"{server.uri}/{address}") as answer:
         assert answer.read() == b"picture"
+
+
+@pytest.mark.slow
+def test_a_server_with_proxied_files_keeps_the_model_and_registers_it(server, detector, tmp_path, monkeypatch, caplog):
+    (tmp_path / "work").mkdir()
+    save_checkpoint(detector, tmp_path / "model.pt")
+    monkeypatch.chdir(tmp_path / "work")
+    name = tmp_path.name
+    for version in ("1", "2"):
+        tracker = Tracker(server.uri, "training", {"backbone": "x"}, settings={"mode": "guarded"}, timeout=BUSY)
+        tracker.metrics({"train_loss": 3.0}, 1)
+        tracker.model(tmp_path / "model.pt", name)
+        tracker.log({"aupro": 0.5}, {})
+        tracker.finish()
+        [run] = server.runs(tracker.run_name)
+        [made] = run.outputs.model_outputs
+        model = server.client.get_logged_model(made.model_id)
+        assert model.artifact_location.startswith("mlflow-artifacts:/")
+        assert (model.status, model.source_run_id) == ("READY", run.info.run_id)
+        assert (model.tags["backbone"], model.params) == ("x", {"mode": "guarded"})
+        assert run.data.metrics == {"train_loss": 3.0, "aupro": 0.5}
+        assert [(one.key, one.value) for one in model.metrics] == [("aupro", 0.5)]  # what came before is none of it
+        [found] = server.client.search_model_versions(f"run_id = '{run.info.run_id}'")
+        assert (found.name, str(found.version), found.source) == (name, version, model.artifact_location)
+        assert json.loads(model.tags["mlflow.modelVersions"])[0]["name"] == name
+    assert not os.listdir(tmp_path / "work")
+    assert not caplog.text
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    loaded = mlflow.pyfunc.load_model(f"models:/{name}/2", model_config={"device": "cpu"})
+    assert len(loaded.predict(loaded.input_example)) == 1
+
+
+@pytest.mark.slow
+def test_a_server_that_loses_answers_while_it_takes_a_model_has_one_model_and_one_version(
+    server, detector, tmp_path, monkeypatch
+):
+    save_checkpoint(detector, tmp_path / "model.pt")
+
+    def losing(method):
+        made = getattr(MlflowClient, method)
+
+        def make_and_fail(*arguments, **options):
+            made(*arguments, **options)
+            monkeypatch.setattr(MlflowClient, method, made)
+            raise ConnectionError
+
+        monkeypatch.setattr(MlflowClient, method, make_and_fail)
+
+    for method in ("create_logged_model", "log_outputs", "finalize_logged_model", "create_model_version"):
+        losing(method)
+    tracker = Tracker(server.uri, "training", {}, timeout=BUSY)
+    tracker.model(tmp_path / "model.pt", tmp_path.name)
+    for _ in range(4):
+        tracker._not_before = -math.inf
+        tracker._send()
+    tracker.finish()
+    [run] = server.runs(tracker.run_name)
+    models = server.client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    assert [model.model_id for model in models] == [made.model_id for made in run.outputs.model_outputs]
+    assert [one.version for one in server.client.search_model_versions(f"name = '{tmp_path.name}'")] in ([1], ["1"])
+
+
+@pytest.mark.slow
+def test_a_server_that_has_no_place_for_the_model_has_all_numbers_and_a_line_says_so(
+    server, detector, tmp_path, caplog
+):
+    save_checkpoint(detector, tmp_path / "model.pt")
+    tracker = Tracker(server.uri, "training", {}, timeout=BUSY)
+    with server.without_disk():
+        tracker.model(tmp_path / "model.pt", tmp_path.name)
+        tracker.metrics({"train_loss": 1.0}, 1)
+        tracker.finish()
+    [run] = server.runs(tracker.run_name)
+    assert (run.info.status, server.losses(run)) == ("FINISHED", [(1, 1.0)])
+    assert "missing are 2 of models, 1 of files; results" in caplog.text
 
 
 @pytest.mark.slow
