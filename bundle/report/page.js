@@ -11,7 +11,7 @@
   const views = {};
 
   const short = (value, digits = 3) => (value === null || value === undefined ? "not known" : String(Number(value.toPrecision(digits))));
-  const percent = (share) => `${short(100 * share)} %`;
+  const percent = (share) => `${short(100 * share)}\u00a0%`;
   const isAbove = (one) => state.limit !== null && one.score > state.limit;
   const byte = (z) => 255 * (1 - 2 ** (-Math.max(z, 0) / scale));
 

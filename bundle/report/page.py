@@ -132,7 +132,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "not defined" if share is None else f"{100 * share:.3g} %"
+    return "not defined" if share is None else f"{100 * share:.3g}\u00a0%"
 
 
 def _href(path: str) -> str:
