@@ -132,7 +132,8 @@ def test_the_page_of_outputs_has_every_file_and_key_of_a_training(trained):
     assert fields("metrics.json") == list(report)
     assert fields("protocol") == list(report["protocol"])
     left = {file.name for file in folder.iterdir()}
-    assert {name.removesuffix("/") for name in fields("Training and evaluation")} - {"training_state.pt"} == left
+    named = {name.removesuffix("/") for name in fields("Training and evaluation")}
+    assert named - {"training_state.pt"} == left
 
 
 def test_the_program_on_the_page_for_python_runs(trained):

@@ -26,7 +26,7 @@ version = release = __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
 include_patterns = ["*.md", "docs/**"]
-exclude_patterns = [".*", "**/.*", "output", "sample_cohort*", "archive", "models", "build"]
+exclude_patterns = [".*", "**/.*", "output", "sample_cohort*", "archive", "models", "dist"]
 
 myst_enable_extensions = ["dollarmath"]
 highlight_language = "none"  # of blocks that name none
