@@ -2,6 +2,8 @@
 #   make train   sets up the environment and runs the main job
 #   make test    sets up the environment and runs linters, type checker and tests
 #   make check   the same with the fast tests alone, two minutes
+#   make docs    makes the documentation site in output/site, and fails at a warning
+#   make links   asks whether the links to other sites lead somewhere; needs the internet
 #   make audit   fails if a dependency has a known hole; says so where that cannot be known
 #   make sbom    writes a bill of materials of the environment (CycloneDX) to output/sbom.json
 #   make charts  builds the charts of reports anew from npm, and fails if they are not those that are here
@@ -12,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TOOLS := .venv-tools
 
-.PHONY: train test check lint audit sbom bundle charts test-clinical debian-packages
+.PHONY: train test check lint docs links audit sbom bundle charts test-clinical debian-packages
 
 train: $(VENV)/installed
 	$(BIN)/dinov3_spatial_ar train
@@ -28,6 +30,14 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+SPHINX := $(BIN)/python -m sphinx --fail-on-warning --keep-going -c scripts/docs -d output/doctrees
+
+docs: $(VENV)/installed
+	$(SPHINX) . output/site
+
+links: $(VENV)/installed
+	$(SPHINX) -b linkcheck -D nb_execution_mode=off . output/links
 
 audit: $(VENV)/installed
 	@$(MAKE) --silent $(TOOLS)/installed >/dev/null 2>&1 || true

@@ -1,9 +1,12 @@
 """The anomaly detector: an image goes in, an anomaly map of its size comes out, in one forward pass.
 
-image -> resize -> brightness of patches -> which are foreground
-                -> normalize (3 channels, backbone's mean and deviation) -> patch embeddings -> pool, and details
-      -> standardize, reduce -> density: residual of the prediction -> patch score; details: the same on a finer grid
-      -> patch map, lowest outside the foreground -> anomaly map and image score
+::
+
+    image -> resize -> brightness of patches -> which are foreground
+                    -> normalize (3 channels, backbone's mean and deviation) -> patch embeddings -> pool, and details
+          -> standardize, reduce -> density: residual of the prediction -> patch score
+                                    details: the same on a finer grid
+          -> patch map, lowest outside the foreground -> anomaly map and image score
 """
 
 import json

@@ -1,7 +1,9 @@
 """The slices of a volume together: a lesion goes on in the next slice, noise does not.
 
-patch maps [slices, h, w] -> weighted sum over near slices -> divided by its deviation in healthy volumes
-                          -> quantiles of a normal -> patch maps and image scores [slices]
+::
+
+    patch maps [slices, h, w] -> weighted sum over near slices -> divided by its deviation in healthy volumes
+                              -> quantiles of a normal -> patch maps and image scores [slices]
 """
 
 import logging

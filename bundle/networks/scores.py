@@ -1,7 +1,10 @@
 """From residuals to scores that mean something: how surprising a patch, and an image, is among healthy ones.
 
-residual [B, C, h, w] -> mean over near patches -> whiten -> squared length -> logarithm -> deviations above the healthy
-patches at the same position [B, h, w] -> quantiles of a normal -> one score an image [B]
+::
+
+    residual [B, C, h, w] -> mean over near patches -> whiten -> squared length -> logarithm
+                          -> deviations above the healthy patches at the same position [B, h, w]
+                          -> quantiles of a normal -> one score an image [B]
 """
 
 import logging
