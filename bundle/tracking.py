@@ -188,7 +188,9 @@ class Tracker:
         numbers = {key: float(value) for key, value in values.items() if _is_number(value)}
 
         def send(client: Any, run: str) -> None:
-            client.log_batch(run, [Metric(key, value, now, step, self._model) for key, value in numbers.items()])
+            # by its metrics MLflow knows which data a model was tested on
+            data = (self.data.name, _digest(self.data)) if self._model and self.data else (None, None)
+            client.log_batch(run, [Metric(key, value, now, step, self._model, *data) for key, value in numbers.items()])
 
         if numbers:
             self._tell(Entry("metrics", send))
@@ -507,8 +509,8 @@ def _input(data: DataSet, command: str) -> Callable[[Any, str], Any]:
     def send(client: Any, run: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        source, sizes = json.dumps({"uri": str(data.directory)}), json.dumps(data.sizes)
-        described = Dataset(data.name, data.fingerprint[:DIGEST_LENGTH], "local", source, profile=sizes)
+        source, sizes = json.dumps({"uri": str(Path(data.directory).resolve())}), json.dumps(data.sizes)
+        described = Dataset(data.name, _digest(data), "local", source, profile=sizes)
         client.log_inputs(run, [DatasetInput(described, [InputTag(MLFLOW_DATASET_CONTEXT, command)])])
 
     return send
@@ -518,6 +520,10 @@ def _new_version(client: Any, name: str, model: Any) -> Any:
     """A version ``name`` of a logged model; by ``models:/ID`` MLflow would look for it on the server of all others."""
     place, run = model.artifact_location, model.source_run_id
     return client.create_model_version(name, place, run, await_creation_for=0, model_id=model.model_id)
+
+
+def _digest(data: DataSet) -> str:
+    return data.fingerprint[:DIGEST_LENGTH]
 
 
 def _source(command: str, commit: str) -> dict[str, str]:

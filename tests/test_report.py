@@ -335,6 +335,13 @@ def test_a_page_of_another_hand_is_read_as_data_or_refused(page, old, new):
         read_report(page)
 
 
+def test_a_page_of_another_hand_that_lacks_something_has_no_copy(page, tmp_path):
+    page.write_text(page.read_text("utf-8").replace('"protocol":', '"other":'), "utf-8")
+    with pytest.raises(BundleError, match="is no report of this version"):
+        copy_report(page, tmp_path / "copy.html", 8.0)
+    assert not (tmp_path / "copy.html").exists()
+
+
 def test_reports_of_folders_are_found_and_told(page, capsys, monkeypatch):
     opened = []
     monkeypatch.setattr("webbrowser.open", opened.append)

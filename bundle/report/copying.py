@@ -81,12 +81,12 @@ def copy_report(source: Path, target: Path, limit_mb: float, hide_names: bool = 
     if target.exists():
         read_report(target)
     record, pictures = read_report(source)
-    if hide_names:
-        record, pictures = _without_names(record, pictures)
-    scores = {case["name"]: case["score"] for case in record["cases"]}
-    ranked = [Ranked(scores.get(name, 0.0), name, shown) for name, shown in pictures.items()]
-    shown = [one._replace(pictures=_worst_alone(one.pictures)) for one in ranked]
-    page = page_of(record, shown, [one for one in ranked if len(one.pictures["frames"]) > 1], limit_mb * MEGABYTE)
+    try:
+        page = _page(*(_without_names(record, pictures) if hide_names else (record, pictures)), limit_mb * MEGABYTE)
+    except BundleError:
+        raise
+    except Exception as error:  # whatever another hand has written there
+        raise _no_report(source, error) from error
     with whole_file(target) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     print(f"the copy is {target.resolve()} ({len(page.encode()) / MEGABYTE:.1f} MB)")
@@ -109,8 +109,19 @@ def read_report(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                     raise ValueError("a picture that is none")
         return record, pictures
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ValidationError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BundleError(f"'{file}' is no report of this version ({reason}): run the command again") from error
+        raise _no_report(file, error) from error
+
+
+def _no_report(file: Path, error: Exception) -> BundleError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return BundleError(f"'{file}' is no report of this version ({reason}): run the command again")
+
+
+def _page(record: dict[str, Any], pictures: dict[str, Any], limit: float) -> str:
+    scores = {case["name"]: case["score"] for case in record["cases"]}
+    ranked = [Ranked(scores.get(name, 0.0), name, shown) for name, shown in pictures.items()]
+    shown = [one._replace(pictures=_worst_alone(one.pictures)) for one in ranked]
+    return page_of(record, shown, [one for one in ranked if len(one.pictures["frames"]) > 1], limit)
 
 
 def _block(name: str, text: str) -> dict[str, Any]:

@@ -22,10 +22,11 @@ from scripts.integrations.screenshots import PAGE_SECONDS, browser
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-SIZE = {"width": 1700, "height": 1000}
+SIZE = {"width": 1850, "height": 950}  # MLflow draws only the columns that fit
 DRAWN_SECONDS = 3
 RUNS = "a[href*='/runs/']"
 MODELS = "a[href*='/models/m-']"
+MODE = "?workflowType=machine_learning"  # without it a page opens in the mode for chats
 METRICS = ("pixel_auroc", "pixel_ap", "aupro")  # whose columns are chosen
 MORE_COLUMNS = "[data-component-id*=addcolumncta]"  # a plus beside the table
 ASSISTANT = "button[aria-label='Close']"  # of the panel that stands open at the first visit
@@ -58,13 +59,12 @@ def pictures(page: Page, url: str, out: Path) -> None:
     take("dataset")
     page.goto(f"{url}{CHARTS}")
     take("charts")
-    page.goto(url)
-    page.locator(RUNS).first.click()
-    page.get_by_text("About this run").wait_for()
-    take("run")
-    page.locator(MODELS).first.click()
-    page.get_by_text("About this logged model").wait_for()
-    take("model")
+    for name, links, table in (("run", RUNS, url), ("model", MODELS, url.replace("/runs?", "/models?"))):
+        page.goto(table)
+        place = str(page.locator(links).first.get_attribute("href"))
+        page.goto(f"{url.partition('#')[0]}{place.partition('?')[0]}{MODE}")
+        page.get_by_text("About this").wait_for()
+        take(name)
 
 
 def main() -> None:
