@@ -20,7 +20,7 @@ train: $(VENV)/installed
 	$(BIN)/dinov3_spatial_ar train
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 25
 
 check: lint
 	$(BIN)/python -m pytest -q -m "not slow and not clinical"
