@@ -20,7 +20,7 @@ from bundle.networks.scores import conformal_threshold
 from bundle.provenance import DataSet
 from bundle.report import Report, Truth
 from bundle.report.copying import copy_report, read_report, reports_in, show_reports
-from bundle.report.page import page_of
+from bundle.report.page import _number, page_of
 from bundle.report.pictures import Extremes, pictures_of
 from bundle.report.rates import Tally, curves_of, edges_of, kept_rates, tally_of_scores
 from bundle.results import CaseResult, heat
@@ -274,6 +274,13 @@ BARE = {
     "protocol": {}, "cases": [], "left_out": 0, "validation": None, "of_pixels": None, "of_cases": None,
     "patches": None, "calibration": [], "facts": {}, "settings": {}, "versions": {},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [(1999, "1999"), (0.12345, "0.123"), (1234.5, "1234"), (None, "not defined"), (12.34, "12.3")]
+)
+def test_numbers_are_written_as_people_write_them(value, says):
+    assert _number(value) == says
 
 
 def test_a_page_of_next_to_nothing_can_be_made():

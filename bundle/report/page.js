@@ -280,10 +280,11 @@
       row.hidden = !(wanted(one) && one.name.toLowerCase().includes(find));
       count += !row.hidden;
     }
+    for (const row of byId("folder_table")?.tBodies[0].rows ?? []) row.hidden = !row.cells[0].textContent.toLowerCase().includes(find);
     byId("case_count").textContent = `${count} of ${cases.length} cases`;
   }
-  function sortCases(button) {
-    const heading = button.closest("th"), index = [...heading.parentElement.children].indexOf(heading), body = byId("case_table").tBodies[0];
+  function sortBy(button) {
+    const heading = button.closest("th"), index = [...heading.parentElement.children].indexOf(heading), body = button.closest("table").tBodies[0];
     const falls = heading.getAttribute("aria-sort") ? heading.getAttribute("aria-sort") === "ascending" : button.dataset.kind === "number";
     const key = (row) => (button.dataset.kind ? Number(row.cells[index].dataset.value) : row.cells[index].textContent);
     const compare = (a, b) => (button.dataset.kind ? key(a) - key(b) : key(a).localeCompare(key(b), "en", { numeric: true }));
@@ -328,7 +329,7 @@
   on("which", "change", markCases);
   on("order", "change", () => { state.batch = BATCH; fillGallery(); });
   if (byId("order")) byId("order").append(...Object.keys(orders).map((name) => new Option(name)));
-  for (const button of document.querySelectorAll("#case_table thead button")) button.addEventListener("click", () => sortCases(button));
+  for (const button of document.querySelectorAll("thead button")) button.addEventListener("click", () => sortBy(button));
   for (const button of document.querySelectorAll("#case_table .open")) button.addEventListener("click", () => openViewer(cases[button.closest("tr").dataset.case]));
   if (byId("limit")) {
     const scores = [...cases.map((one) => one.score), ...(record.validation?.scores ?? [])], low = Math.min(...scores), high = Math.max(...scores, low + 1);

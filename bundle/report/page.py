@@ -128,7 +128,9 @@ def _environment() -> Environment:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return "not defined" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
+    if value is None or not math.isfinite(value):
+        return "not defined"
+    return f"{value:.0f}" if isinstance(value, int) or abs(value) >= 10**digits else f"{value:.{digits}g}"
 
 
 def _percent(share: float | None) -> str:

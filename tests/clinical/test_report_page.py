@@ -74,7 +74,9 @@ def file(tmp_path_factory):
         mask[10:20, 10:20] = label
         values[:, 8:22, 8:22] += 3 * label
         scores = random.normal(2 * label, 0.5, slices).astype(np.float32)
-        found = CaseResult(f"case-{number:02d}", "x", values, scores, np.ones(slices, bool), 2.0, 1.5, unlike=())
+        found = CaseResult(
+            f"study-{number // 8}/case-{number:02d}", "x", values, scores, np.ones(slices, bool), 2.0, 1.5, unlike=()
+        )
         image = MetaTensor(torch.from_numpy(random.uniform(0.3, 0.7, (1, 48, 40, slices)).astype(np.float32)), meta={})
         truth = Truth(label, number, mask, (values, mask[None] > 0))
         report.add_case(found, {"image": image, "pred_patch_map": torch.randn(1, 6, 6, slices)}, truth)
@@ -145,12 +147,20 @@ def test_the_table_is_sorted_and_filtered_by_keyboard(page):
     names = page.locator("#case_table tbody tr:visible th")
     page.locator("#case_table thead button", has_text="name").focus()
     page.keyboard.press("Enter")
-    assert names.first.inner_text() == "case-00"
+    assert names.first.inner_text() == "study-0/case-00"
     assert page.locator("#case_table th[aria-sort=ascending]").count() == 1
     page.keyboard.press("Enter")
-    assert names.first.inner_text() == "case-39"
+    assert names.first.inner_text() == "study-4/case-39"
     page.locator("#find").fill("case-3")
     assert names.count() == 10
+    folders = page.locator("#folder_table tbody tr:visible th")
+    assert folders.count() == 0
+    page.locator("#find").fill("study-4")
+    assert names.count() == 8 and folders.all_inner_texts() == ["study-4"]
+    page.locator("#find").fill("")
+    page.locator("#folder_table thead button", has_text="folder").click()
+    assert folders.all_inner_texts() == [f"study-{number}" for number in range(5)]
+    page.locator("#find").fill("case-3")
     assert page.locator("#case_count").inner_text() == "10 of 40 cases"
     page.locator("#which").select_option("alarm")
     assert names.count() < 6
@@ -162,7 +172,7 @@ def test_a_volume_opens_with_its_slices_and_closes_by_escape(page):
     button = page.locator("#case_table tbody tr:visible .open").first
     button.focus()
     page.keyboard.press("Enter")
-    assert page.locator("#viewer_name").inner_text() == "case-02"
+    assert page.locator("#viewer_name").inner_text() == "study-0/case-02"
     assert page.locator("#slice_label").is_hidden()
     page.keyboard.press("Escape")
     assert page.locator("#viewer").is_hidden()
