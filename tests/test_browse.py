@@ -60,7 +60,8 @@ def test_the_command_prints_the_address_of_the_runs_and_ends_with_all_its_proces
         assert running.wait(60) == 0
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(url)
-    with socket.socket() as again:  # no child holds the port
+    with socket.socket() as again:  # no child holds the port, though the system may remember connections to it
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         again.bind(("127.0.0.1", urlsplit(url).port))
 
 

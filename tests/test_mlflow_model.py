@@ -154,7 +154,9 @@ def test_the_folder_holds_the_checkpoint_and_code_and_no_weights_of_the_backbone
         "serving_input_example.json",
     }
     assert (saved / "data/model.pt").read_bytes() == checkpoint.read_bytes()
-    assert {file.rpartition(".")[2] for file in files - data} == {"py", "json", "conf"}
+    of_reports = {file for file in files - data if file.startswith("code/bundle/report/")}
+    assert {file.rpartition(".")[2] for file in files - data - of_reports} == {"py", "json", "conf"}
+    assert {file.rpartition(".")[2] for file in of_reports} == {"py", "json", "css", "js", "jinja", "txt"}
     assert {"code/bundle/serving.py", "code/configs/inference.json"} < files
 
 
