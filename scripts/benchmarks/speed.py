@@ -236,7 +236,7 @@ def build_ours(setting: Setting, workspace: Path, precision: str) -> Runner:
     detector = compute.place(make_detector(setting))
     save_checkpoint(detector, workspace / "model.pt")
     clock = Clock(setting.device)
-    clock.attach(detector.features)
+    clock.attach(detector.features.backbone)
     return Runner(file_to_map(setting, detector, compute), clock, (workspace / "model.pt").stat().st_size)
 
 
@@ -545,7 +545,8 @@ def train_ours(setting: Setting, orders: list[list[list[int]]], workspace: Path)
         total = 0.0
         with steps_clock:
             for numbers in order:
-                total += step(torch.stack([dataset[number] for number in numbers]).to(setting.device)) * len(numbers)
+                maps = torch.stack([dataset[number] for number in numbers])
+                total += step(detector.standardized(maps)) * len(numbers)
         losses.append(total / len(dataset))
     return TrainingRun(features_clock.seconds, steps_clock.seconds, losses)
 
