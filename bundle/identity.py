@@ -26,7 +26,7 @@ from bundle.networks.backbones.vit import BLOCKS
 from bundle.networks.context import CONTEXTS, check_kernel
 from bundle.networks.density import check_density
 from bundle.networks.detector import AnomalyDetector
-from bundle.transforms.reading import Reading
+from bundle.reading import Reading
 
 
 def _one_of(*words: str) -> Any:

@@ -19,7 +19,8 @@ from bundle.compute import Compute
 from bundle.data.stream import Slice
 from bundle.errors import BundleError, check
 from bundle.networks.detector import Detection, Detector
-from bundle.transforms.slices import MIN_FOREGROUND, WHOLE, SliceChoice, slice_spacing
+from bundle.reading import MIN_FOREGROUND, WHOLE, SliceChoice
+from bundle.transforms.slices import slice_spacing
 
 
 class SliceBatchInferer(Inferer):
@@ -28,7 +29,7 @@ class SliceBatchInferer(Inferer):
     Args:
         batch_size: slices in one forward pass.
         slice_range, min_foreground: which slices count, as in training, see
-            :class:`~bundle.transforms.SliceChoice`; where none does, all count.
+            :class:`~bundle.reading.SliceChoice`; where none does, all count.
         raw: squared errors instead of z-scores.
         compute: device and precision; None: where the inputs are, in 32 bits.
     """

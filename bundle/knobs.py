@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pydoc import locate
 from typing import Any, NamedTuple
 
-from fire.parser import DefaultParseValue
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import SchemaError
 
@@ -152,6 +151,8 @@ def _readings(text: str, knob: Knob) -> Iterator[Any]:
         yield value
     if fits(text, knob.kind) and knob.kind is not Any and not text.lstrip().startswith("["):
         yield text
+    from fire.parser import DefaultParseValue  # of a command line alone: a checkpoint needs no reader of text
+
     yield DefaultParseValue(text)
 
 

@@ -19,7 +19,7 @@ from bundle.networks.context import CONTEXTS
 from bundle.networks.density import SpatialARDensity
 from bundle.networks.detector import AnomalyDetector, completed, refuse_other, same
 from bundle.networks.features import FeatureNetwork
-from bundle.transforms.reading import Reading
+from bundle.reading import Reading
 
 PARTS: tuple[Callable[..., Any], ...] = (Reading, FeatureNetwork, SpatialARDensity, *CONTEXTS.values(), AnomalyDetector)
 # arguments that say where things are, or hand one part to another

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bundle import store as store_module
 from bundle.data import EmbeddingStore
-from bundle.data import store as store_module
 from bundle.errors import BundleError
 from bundle.files import content_key
 

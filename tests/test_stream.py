@@ -172,7 +172,7 @@ def test_nothing_is_read_or_embedded_twice(detector, files, tmp_path):
 
 
 def test_an_interrupted_run_keeps_what_it_embedded(detector, files, tmp_path, monkeypatch):
-    from bundle.data import store
+    from bundle import store
 
     monkeypatch.setattr(store, "SHARD_BYTES", 1)
     seen = []

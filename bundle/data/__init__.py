@@ -3,8 +3,8 @@
 from bundle.data.cases import find_images, find_splits, keep_readable, read_splits
 from bundle.data.embeddings import EmbeddingDataset
 from bundle.data.schemes import SplitFinder, settings_for
-from bundle.data.store import EmbeddingStore
 from bundle.data.stream import SliceBatches
+from bundle.store import EmbeddingStore
 
 __all__ = [
     "EmbeddingDataset",

@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from bundle.compute import Compute
 from bundle.data.cases import Case, add_keys, number_patients, place_of
-from bundle.data.store import EmbeddingStore
 from bundle.data.stream import SliceBatches, meta_of, positions_of
 from bundle.dicom.words import facts_of
 from bundle.distributed import gather, shard
 from bundle.errors import BundleError
 from bundle.networks.detector import AnomalyDetector
 from bundle.networks.neighbors import PlacedSlices
+from bundle.store import EmbeddingStore
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import ks_2samp, kstwo, t
 from torch import Tensor, nn
 
 from bundle.learned import Learned, read_summary
@@ -192,6 +191,8 @@ class CaseLikeness(nn.Module):
         """
         if not self.knows or len(scores) < FEWEST_CASES:
             return ""
+        from scipy.stats import ks_2samp, kstwo  # slow, and not needed to run a network
+
         patients = self.learned.patients
         found = []
         for what, values, healthy in (
@@ -304,6 +305,8 @@ def careful_threshold(healthy: Tensor, rate: float) -> float:
         return math.inf
     if enough_for(count, rate):
         return conformal_threshold(healthy, rate, "cases")
+    from scipy.stats import t
+
     values = healthy.double()
     limit = values.mean() + float(t.ppf(1 - rate, count - 1)) * values.std() * math.sqrt(1 + 1 / count)
     return float(torch.maximum(limit, values.max()))

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from scipy.stats import beta
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -453,6 +452,8 @@ def rate_interval(count: int, false_positive_rate: float, coverage: float = 0.9)
     Returns:
         Lower and upper end, in (0, 1).
     """
+    from scipy.stats import beta  # slow, and not needed to run a network
+
     rank = min(_rank(count, false_positive_rate), count)
     low, high = beta.interval(coverage, count + 1 - rank, rank)
     return float(low), float(high)

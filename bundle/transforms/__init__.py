@@ -1,8 +1,8 @@
 """MONAI transforms: reading a case, intensities to [0, 1], slices from volumes, and the grid of an evaluation."""
 
+from bundle.reading import HOUNSFIELD_WINDOWS
 from bundle.transforms.grids import ToEvaluationGridd
 from bundle.transforms.intensity import (
-    HOUNSFIELD_WINDOWS,
     ScaleForegroundPercentiles,
     ScaleHounsfieldWindow,
     ScaleIntensityByModalityd,

@@ -14,17 +14,8 @@ from monai.transforms import MapTransform, ScaleIntensityRange, Transform
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 
 from bundle.errors import BundleError, check_choice
+from bundle.reading import HOUNSFIELD_WINDOWS, SCHEMES
 
-HOUNSFIELD_WINDOWS = {
-    # name: (lowest, highest) in HU, the usual presets of CT viewers
-    "ct_soft_tissue": (-160.0, 240.0),
-    "ct_lung": (-1350.0, 150.0),
-    "ct_bone": (-450.0, 1050.0),
-    "ct_brain": (0.0, 80.0),
-    "ct_liver": (-45.0, 105.0),
-    "ct_mediastinum": (-125.0, 225.0),
-}
-SCHEMES = ("auto", "mr", "8bit", *HOUNSFIELD_WINDOWS)
 EIGHT_BITS = float(np.iinfo(np.uint8).max)
 
 logger = logging.getLogger(__name__)
@@ -73,7 +64,7 @@ class ScaleHounsfieldWindow(ScaleIntensityRange):
     """Clip CT to a named window of Hounsfield units and scale to [0, 1].
 
     Args:
-        window: a name in :data:`HOUNSFIELD_WINDOWS`.
+        window: a name in :data:`~bundle.reading.HOUNSFIELD_WINDOWS`.
 
     Raises:
         BundleError: for an unknown window, with the closest name.
@@ -95,8 +86,8 @@ class ScaleIntensityByModalityd(MapTransform):
     Args:
         keys: images as :class:`~bundle.transforms.LoadCased` gives them.
         scheme: ``mr`` (percentiles 0.5 and 99.5 of the nonzero voxels), ``8bit`` (divide by 255), a window of
-            :data:`HOUNSFIELD_WINDOWS`, or ``auto``: ``8bit`` for 8-bit images, ``ct_soft_tissue`` for DICOM of modality
-            CT, else ``mr``.
+            :data:`~bundle.reading.HOUNSFIELD_WINDOWS`, or ``auto``: ``8bit`` for 8-bit images, ``ct_soft_tissue`` for
+            DICOM of modality CT, else ``mr``.
 
     Raises:
         BundleError: for an unknown scheme, with the closest name.

@@ -46,6 +46,7 @@ from bundle.limits import (
     check_regular,
     check_size,
 )
+from bundle.reading import check_channel
 from bundle.transforms.axes import turn_between, turned
 from bundle.transforms.itk_files import read_itk
 
@@ -67,16 +68,6 @@ def is_dicom_file(file: str | os.PathLike) -> bool:
     if name.lower().endswith(SUFFIXES) or name.upper() == "DICOMDIR":
         return name.lower().endswith(DICOM_SUFFIXES)
     return os.path.isfile(file) and is_dicom(Path(file))
-
-
-def check_channel(channel: int | None) -> None:
-    """Refuse what is no volume of a 4D file.
-
-    Raises:
-        BundleError: if it is no number from 0, nor None.
-    """
-    if channel is not None and (not isinstance(channel, int) or channel < 0):
-        raise BundleError(f"channel is {channel!r}: give the volume of a 4D file, a number from 0, or null")
 
 
 class RequireDicomd(MapTransform):

@@ -11,17 +11,13 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform, Transform
 from monai.utils import ensure_tuple
-from torch import Tensor
 
 from bundle.dicom.series import SIDE_TOLERANCE
 from bundle.errors import BundleError, check_choice
 from bundle.planes import PLANES
+from bundle.reading import ACQUIRED, MIN_FOREGROUND, WHOLE, SliceChoice
 from bundle.transforms.axes import inverse_of, turn_to, turned
 
-WHOLE = (0.0, 1.0)  # the range of all slices
-MIN_FOREGROUND = 0.05
-
-ACQUIRED = "acquired"
 ISOTROPIC = 2.0  # times the shortest side of a voxel: in a 3D acquisition no side is longer
 OF_ONE_PLANE = 0.8  # cosine between stacks: slices that are tilted more, by 37 degrees, are of no anatomical plane
 
@@ -137,33 +133,6 @@ def _acquired(image: MetaTensor, own: str) -> str:
     return _STACKED[own[2 if axis is None else axis]]
 
 
-class SliceChoice:
-    """Which slices of a volume are looked at: those that training learns from, and no others make a study's score.
-
-    Args:
-        slice_range: shares of the stack, in [0, 1], where the range begins and ends.
-        min_foreground: share of pixels above 0, in [0, 1], that a slice must have.
-
-    Raises:
-        BundleError: if a share is out of range.
-    """
-
-    def __init__(self, slice_range: Sequence[float] = WHOLE, min_foreground: float = MIN_FOREGROUND) -> None:
-        pair = isinstance(slice_range, Sequence) and len(slice_range) == 2
-        if not pair or not 0 <= slice_range[0] < slice_range[1] <= 1:
-            raise BundleError(f"slice_range is {slice_range}: give [first, last] with 0 <= first < last <= 1")
-        if not 0 <= min_foreground <= 1:
-            raise BundleError(f"min_foreground must be in [0, 1], got {min_foreground}: try {MIN_FOREGROUND}")
-        self.first, self.last = slice_range
-        self.min_foreground = min_foreground
-
-    def __call__(self, stack: Tensor) -> list[int]:
-        """Indices into ``stack`` [C, rows, columns, slices], maybe none; the only slice of a picture is always one."""
-        depth = stack.shape[-1]
-        inside = range(round(self.first * (depth - 1)), round(self.last * (depth - 1)) + 1)
-        return [i for i in inside if depth == 1 or (stack[..., i] > 0).float().mean() >= self.min_foreground]
-
-
 class ExtractSlicesd(Transform):
     """Cut [C, rows, columns, slices] into a list of slices [C, rows, columns], each a case of its own.
 
@@ -172,7 +141,7 @@ class ExtractSlicesd(Transform):
 
     Args:
         keys: ``image`` and whatever shares its grid; the filters look at the first key.
-        slice_range, min_foreground: see :class:`SliceChoice`.
+        slice_range, min_foreground: see :class:`~bundle.reading.SliceChoice`.
 
     Raises:
         BundleError: if a share is out of range, or no slice of a volume is left.

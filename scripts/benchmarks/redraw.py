@@ -2,8 +2,9 @@
 
 python -m scripts.benchmarks.redraw [FOLDER...]
 
-Each ``benchmark.json``, ``speed.json`` and ``memory.json`` below the folders (default: ``docs``) gives the pictures and
-the page that lie beside it. What is not there is not made. Pages of files that version 0.5 wrote stay as they are.
+Each ``benchmark.json``, ``speed.json``, ``gpu.json`` and ``memory.json`` below the folders (default: ``docs``) gives
+the pictures and the page that lie beside it. What is not there is not made. Pages of files that version 0.5 wrote stay
+as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from scripts.benchmarks import figures, memory, report, speed
+from scripts.benchmarks import figures, gpu, memory, report, speed
 
 
 class Kind(NamedTuple):
@@ -33,6 +34,7 @@ KINDS = {
         {"benchmark_bars.png": figures.draw_bars, "benchmark_runtime.png": figures.draw_runtime},
     ),
     "speed": Kind(speed.report, {"speed.png": speed.picture}),
+    "gpu": Kind(gpu.report, {}),
     "memory": Kind(memory.report, {"memory.png": memory.draw}),
 }
 

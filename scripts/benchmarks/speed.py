@@ -37,19 +37,15 @@ from monai.utils import set_determinism
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 from bundle.checkpoint import save_checkpoint
-from bundle.compute import Compute
+from bundle.compute import DTYPES, Compute
 from bundle.data import EmbeddingDataset, EmbeddingStore
 from bundle.errors import BundleError, check_choice
 from bundle.inferers import SliceBatchInferer
-from bundle.networks import AnomalyDetector, FeatureNetwork, SpatialARDensity
+from bundle.networks import AnomalyDetector, FeatureNetwork
 from bundle.networks.backbones import BACKBONES
-from bundle.networks.density import squared_error
-from bundle.networks.weights import load_backbone
 from bundle.samples import make_sample_cohort
 from bundle.transforms import ExtractSlicesd
 from scripts.benchmarks.common import (
@@ -63,12 +59,26 @@ from scripts.benchmarks.common import (
     say,
     write,
 )
+from scripts.benchmarks.contenders import (
+    PAPER_MAP,
+    TRAINING_BATCH,
+    TrainingStep,
+    backbone_flops,
+    bare_features,
+    bare_network,
+    has_bf16,
+    make_features,
+    matrix_peak,
+    paper_density,
+    paper_detector,
+    paper_embeddings,
+    paper_map,
+    synchronize,
+)
 from scripts.benchmarks.images import load_images, reading
 
 PAPER = "paper loop fp32"
-PAPER_MAP = 240  # pixels; side of the maps that the authors' code evaluates
 SLICES = 12  # of a subject of the sample cohort
-TRAINING_BATCH = 64  # as in the paper
 MATRIX = 2048  # side of the square matrices whose product gives the peak
 ALL_ELSE, UNDIVIDED = ("#8fb3d1", ""), ("#b9b9b9", "//")  # color and hatch of bars, told apart in gray, too
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
@@ -153,31 +163,9 @@ class Contender:
     modules: tuple[str, ...] = ()
 
 
-def bare_network(setting: Setting) -> Any:
-    """The network as timm makes it, with nothing of this bundle but its weights."""
-    network, _, _ = load_backbone(setting.backbone, setting.weights)
-    return network.requires_grad_(False).eval().to(setting.device)
-
-
-def paper_layers(backbone: str) -> int | None:
-    """What is tapped here: the last block of a ViT, as in the paper; of other kinds what the bundle taps by default."""
-    return -1 if BACKBONES[backbone].has_blocks else None
-
-
-def bare_features(network: Any, backbone: str, images: Tensor) -> list[Tensor]:
-    """timm's own ``forward_intermediates`` of ``images`` [B, 3, H, W], up to the deepest layer that is tapped."""
-    last = paper_layers(backbone)
-    layers = list(BACKBONES[backbone].default_layers(network)) if last is None else [last]
-    if hasattr(network, "conv_stem"):  # an EfficientNet, where timm counts the stem as block 0
-        return network.forward_intermediates(
-            images, [layer + 1 for layer in layers], stop_early=True, intermediates_only=True, extra_blocks=True
-        )
-    return network.forward_intermediates(images, layers, norm=True, stop_early=True, intermediates_only=True)
-
-
 def build_bare(setting: Setting, workspace: Path, precision: str) -> Runner:
     """The backbone alone; images are on the device already."""
-    network = bare_network(setting)
+    network = bare_network(setting.backbone, setting.weights, setting.device)
     clock = Clock(setting.device)
 
     @torch.inference_mode()
@@ -188,45 +176,12 @@ def build_bare(setting: Setting, workspace: Path, precision: str) -> Runner:
     return Runner(run, clock, place=partial(normalized_images, setting=setting))
 
 
-class AllTapsConv2d(nn.Conv2d):
-    """A masked convolution as the authors' code has it: the kernel times its mask, and then every tap is computed."""
-
-    mask: Tensor
-
-    def __init__(self, source: nn.Conv2d, taps: Tensor) -> None:
-        dilation = source.dilation[0]
-        reach = dilation * (taps.shape[0] // 2)
-        super().__init__(source.in_channels, source.out_channels, taps.shape[0], padding=reach, dilation=dilation)
-        self.load_state_dict({"weight": source.weight, "bias": source.bias})
-        self.register_buffer("mask", taps.expand_as(self.weight).clone())
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Convolve ``features`` [B, C_in, H, W] to [B, C_out, H, W]."""
-        return self._conv_forward(features, self.weight * self.mask, self.bias)
-
-
-def paper_density(density: SpatialARDensity) -> nn.Sequential:
-    """The network of ``density`` with the same weights, as the authors' code computes it."""
-    layers: list[nn.Module] = []
-    stack: Any = density.contexts[0]
-    for module in stack.net:
-        if isinstance(module, nn.Conv2d):
-            taps = stack.layer_taps(stack.kernel_size, first=not layers)
-            layers.append(AllTapsConv2d(module, taps))
-        else:
-            layers.append(nn.ReLU())
-    return nn.Sequential(*layers)
-
-
 class PaperFeatures:
-    """From files to embeddings as the paper's loop gets them: PIL, RGB, bilinear resizing, normalization, backbone.
-
-    The maps of a convolutional network are averaged to the grid of the backbone's patches.
-    """
+    """From files to embeddings as the paper's loop gets them: PIL, RGB, bilinear resizing, normalization, backbone."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.network = bare_network(setting)
+        self.network = bare_network(setting.backbone, setting.weights, setting.device)
         self.clock = Clock(setting.device)
         spec = BACKBONES[setting.backbone]
         self.read = v2.Compose(
@@ -243,10 +198,7 @@ class PaperFeatures:
         """The embeddings [B, C, h, w] of ``files``."""
         images = torch.stack([self.read(Image.open(file).convert("RGB")) for file in files]).to(self.setting.device)
         with self.clock:
-            maps = bare_features(self.network, self.setting.backbone, images)
-        patch = BACKBONES[self.setting.backbone].patch
-        grid = (images.shape[2] // patch, images.shape[3] // patch)
-        return torch.cat([F.adaptive_avg_pool2d(features, grid) for features in maps], dim=1)
+            return paper_embeddings(self.network, self.setting.backbone, images)
 
 
 def build_paper(setting: Setting, workspace: Path) -> Runner:
@@ -258,39 +210,14 @@ def build_paper(setting: Setting, workspace: Path) -> Runner:
 
     @torch.no_grad()
     def run(files: list[str]) -> np.ndarray:
-        features = embed(files)
-        patch_map = squared_error(density(features), features)
-        return F.interpolate(patch_map[:, None], (PAPER_MAP, PAPER_MAP), mode="bilinear").cpu().numpy()
+        return paper_map(density, embed(files)).cpu().numpy()
 
     return Runner(run, embed.clock, path.stat().st_size)
 
 
-def make_features(setting: Setting) -> FeatureNetwork:
-    """The feature network of this bundle, which taps what the paper does."""
-    return FeatureNetwork(setting.backbone, setting.weights, layers=paper_layers(setting.backbone), detail_layers=[])
-
-
 def make_detector(setting: Setting) -> AnomalyDetector:
     """This bundle's detector with the paper's density; the same initial weights at every call."""
-    features = make_features(setting)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        density = SpatialARDensity(
-            features.num_channels,
-            mode="causal",
-            hidden_channels=256,
-            kernel_size=3,
-            linear_components=0,
-            covariance="isotropic",
-        )
-        scores: dict[str, Any] = {
-            "score_scale": "squared_error",
-            "residual_pooling": 0.0,
-            "per_position": False,
-            "foreground": "all",
-            "image_score": "top_patches",
-        }
-        return AnomalyDetector(features, density, image_size=setting.image_size, standardize=False, **scores).eval()
+    return paper_detector(make_features(setting.backbone, setting.weights), setting.image_size)
 
 
 def normalized_images(files: Sequence[str], setting: Setting) -> Tensor:
@@ -309,7 +236,7 @@ def build_ours(setting: Setting, workspace: Path, precision: str) -> Runner:
     detector = compute.place(make_detector(setting))
     save_checkpoint(detector, workspace / "model.pt")
     clock = Clock(setting.device)
-    clock.attach(detector.features)
+    clock.attach(detector.features.backbone)
     return Runner(file_to_map(setting, detector, compute), clock, (workspace / "model.pt").stat().st_size)
 
 
@@ -352,7 +279,7 @@ def make_peer(setting: Setting, name: str) -> tuple[Any, FeatureNetwork]:
     """The peer, on the feature network of this bundle."""
     from scripts.benchmarks.peers import NearestNeighborPeer, PatchCorePeer
 
-    features = make_features(setting).to(setting.device)
+    features = make_features(setting.backbone, setting.weights).to(setting.device)
     classes = {peer.name: peer for peer in (PatchCorePeer, NearestNeighborPeer)}
     return classes[name](features), features
 
@@ -434,13 +361,6 @@ def why_not(contender: Contender, setting: Setting) -> str | None:
     return None
 
 
-def has_bf16(device: str) -> bool:
-    """Whether ``device`` has instructions for products of bf16 matrices."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def autocast(setting: Setting, precision: str) -> Any:
     """The context of ``precision``, without anything of this bundle."""
     return torch.autocast(torch.device(setting.device).type, torch.bfloat16) if precision == "bf16" else nullcontext()
@@ -502,7 +422,7 @@ def time_rounds(
     for number in range(setting.rounds):
         say(f"batch size {batch_size}, round {number + 1} of {setting.rounds}")
         for precision, values in peaks.items():
-            values.append(matrix_peak(setting.device, precision))
+            values.append(matrix_peak(setting.device, DTYPES[precision], MATRIX))
         start = number % len(names)  # another one begins in each round, so that no place in the order is favored
         for name in names[start:] + names[:start]:
             whole, backbone = time_once(runners[name], batches, setting.device)
@@ -522,37 +442,6 @@ def time_once(runner: Runner, batches: list[list[str]], device: str) -> tuple[fl
     synchronize(device)
     seconds = time.perf_counter() - started
     return seconds, runner.clock.seconds - before if runner.clock else 0.0
-
-
-@torch.inference_mode()
-def matrix_peak(device: str, precision: str) -> float:
-    """FLOP/s of the product of two square matrices, the better of two tries after one to warm up."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    matrix = torch.ones(MATRIX, MATRIX, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(3):
-        synchronize(device)
-        started = time.perf_counter()
-        matrix @ matrix
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * MATRIX**3 / min(seconds[1:])
-
-
-def backbone_flops(setting: Setting) -> int:
-    """FLOPs of the backbone for one image, a multiplication and an addition counted as two."""
-    network = bare_network(setting)
-    image = torch.zeros(1, 3, setting.image_size, setting.image_size, device=setting.device)
-    # the fused attention of a CPU is not counted, the plain one is
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        bare_features(network, setting.backbone, image)
-    return counter.get_total_flops()
-
-
-def synchronize(device: str) -> None:
-    """Wait until the device has done what it was given."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
 
 
 def memory_of(contender: Contender, setting: Setting, workspace: Path, batch_size: int) -> dict[str, Any]:
@@ -614,22 +503,6 @@ class TrainingRun:
     losses: list[float]
 
 
-class TrainingStep:
-    """A step of AdamW on the squared error, without noise."""
-
-    def __init__(self, density: nn.Module) -> None:
-        self.density = density.train()
-        self.optimizer = torch.optim.AdamW(density.parameters(), lr=1e-3)
-
-    def __call__(self, features: Tensor) -> float:
-        """Learn from ``features`` [B, C, h, w]; returns the loss before the step."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = F.mse_loss(self.density(features), features)
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
-
-
 def batch_orders(setting: Setting) -> list[list[list[int]]]:
     """The batches of image numbers of every epoch, the same for all who train."""
     generator = torch.Generator().manual_seed(0)
@@ -672,7 +545,8 @@ def train_ours(setting: Setting, orders: list[list[list[int]]], workspace: Path)
         total = 0.0
         with steps_clock:
             for numbers in order:
-                total += step(torch.stack([dataset[number] for number in numbers]).to(setting.device)) * len(numbers)
+                maps = torch.stack([dataset[number] for number in numbers])
+                total += step(detector.standardized(maps)) * len(numbers)
         losses.append(total / len(dataset))
     return TrainingRun(features_clock.seconds, steps_clock.seconds, losses)
 
@@ -965,8 +839,11 @@ def benchmark(setting: Setting, workspace: Path) -> dict[str, Any]:
     set_determinism(seed=0)
     torch.set_num_threads(setting.threads)
     (workspace / "setting.json").write_text(json.dumps(asdict(setting)), encoding="utf-8")
-    origin = make_features(setting).weights_origin
-    flops = backbone_flops(setting)
+    origin = make_features(setting.backbone, setting.weights).weights_origin
+    network = bare_network(setting.backbone, setting.weights, setting.device)
+    image = torch.zeros(1, 3, setting.image_size, setting.image_size, device=setting.device)
+    flops = backbone_flops(network, setting.backbone, image)
+    del network
     ready = make_ready(setting, workspace)
     if not ready.runners:
         raise BundleError(f"no contender runs here ({'; '.join(ready.unavailable.values())}): choose others")

@@ -14,8 +14,9 @@ from monai.data import MetaTensor
 from monai.transforms import ScaleIntensityRange
 
 from bundle.errors import BundleError
+from bundle.reading import SCHEMES
 from bundle.transforms import OrientSlicesd, ScaleForegroundPercentiles
-from bundle.transforms.intensity import SCHEMES, scaler_of, scheme_of
+from bundle.transforms.intensity import scaler_of, scheme_of
 
 READ_BY_DEPLOY = ("preprocessing", "inferer", "postprocessing")
 OWN_PACKAGES = ("bundle", "scripts")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bundle.networks import AnomalyDetector
-from bundle.transforms.slices import SliceChoice
+from bundle.reading import SliceChoice
 
 
 class StudyDetector(nn.Module):
@@ -17,7 +17,7 @@ class StudyDetector(nn.Module):
 
     Args:
         detector: trained.
-        slice_range, min_foreground: which slices count, see :class:`~bundle.transforms.slices.SliceChoice`.
+        slice_range, min_foreground: which slices count, see :class:`~bundle.reading.SliceChoice`.
         batch_size: slices in one forward pass.
     """
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -206,6 +205,8 @@ class EmbeddingStore:
             return
         self._opened = True
         if not self.kept:
+            import ignite.distributed as idist  # here, so that a kept cache needs torch and safetensors alone
+
             if idist.get_rank() == 0:
                 with writing(self._directory):
                     self._directory.mkdir(parents=True, exist_ok=True)
