@@ -17,7 +17,7 @@ TOOLS := .venv-tools
 .PHONY: train test check lint docs links audit sbom bundle charts test-clinical debian-packages
 
 train: $(VENV)/installed
-	$(BIN)/dinov3_spatial_ar train
+	PYTHONWARNINGS="ignore:parsing config_file" $(BIN)/python -m monai.bundle run training --config_file configs/train.json
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 25

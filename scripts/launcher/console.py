@@ -10,7 +10,6 @@ command line need none of the bundle's libraries.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import textwrap
 import warnings
@@ -194,10 +193,6 @@ def run(purpose: Purpose, chosen: argparse.Namespace, data: str | None, knobs: S
     """Run the bundle's command of a purpose, without what MONAI says of itself."""
     if not chosen.config:  # these configs are the package's own; of others MONAI's notice tells what they can do
         warnings.filterwarnings("ignore", "parsing config_file")
-    import monai.bundle  # noqa: F401  gives its loggers their level, which is too chatty
-
-    for module in ("scripts", "workflows"):
-        logging.getLogger(f"monai.bundle.{module}").setLevel(logging.WARNING)
     named = {"dataset_dir": data, "output_dir": chosen.output_dir, "checkpoint": chosen.checkpoint}
     words = [f"--{name}={value}" for name, value in named.items() if value is not None]
     run_bundle(["run", purpose.command, "--config_file", str([*purpose.configs, *chosen.config]), *words, *knobs])
