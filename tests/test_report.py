@@ -268,7 +268,7 @@ def test_a_limit_without_room_for_the_page_is_refused(detector, tmp_path):
 
 
 BARE = {
-    "format": 1, "command": "inferring", "made": "now", "model": "m", "rates": dict.fromkeys(
+    "format": 1, "command": "inferring", "made": "now", "model": "m", "unit": "z", "rates": dict.fromkeys(
         ("threshold", "image_threshold", "false_positive_rate", "image_false_positive_rate")),
     "data": {"name": "d", "words": "d", "counts": "1", "is_synthetic": False}, "epochs": [], "notes": [], "metrics": {},
     "protocol": {}, "cases": [], "left_out": 0, "validation": None, "of_pixels": None, "of_cases": None,
@@ -281,6 +281,11 @@ BARE = {
 )
 def test_numbers_are_written_as_people_write_them(value, says):
     assert _number(value) == says
+
+
+def test_a_page_of_squared_errors_promises_nothing_of_z_scores():
+    assert "A z-score of 3" in page_of(BARE, [], [], 8e6)
+    assert "A z-score of 3" not in page_of(BARE | {"unit": "squared error"}, [], [], 8e6)
 
 
 def test_a_page_of_next_to_nothing_can_be_made():

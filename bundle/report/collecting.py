@@ -206,6 +206,7 @@ class Report:
                 "counts": data.counts if data else "",
                 "is_synthetic": data is not None and is_synthetic(data.directory),
             },
+            "unit": "squared error" if identity.get("score_scale") == "squared_error" else "z",
             "rates": rates,
             "epochs": [{"epoch": epoch, **values} for epoch, values in sorted(self.epochs.items())],
             "notes": self.notes,

@@ -141,7 +141,7 @@
     byId("slice").max = picture.frames.length - 1;
     byId("slice").value = picture.start;
     byId("slice_label").hidden = picture.frames.length < 2;
-    byId("viewer_facts").textContent = `${says(one)}; highest z ${short(one.peak)}; ${percent(one.share)} of the tissue above the threshold of the model${one.slices > 1 ? `; worst slice ${one.slice} of ${one.slices}` : ""}${one.unlike ? `; unlike the training data: ${one.unlike}` : ""}`;
+    byId("viewer_facts").textContent = `${says(one)}; highest ${record.unit} ${short(one.peak)}; ${percent(one.share)} of the tissue above the threshold of the model${one.slices > 1 ? `; worst slice ${one.slice} of ${one.slices}` : ""}${one.unlike ? `; unlike the training data: ${one.unlike}` : ""}`;
     byId("viewer_files").replaceChildren(...one.files.flatMap((file) => {
       const link = document.createElement("a");
       link.href = `./${file.split("/").map(encodeURIComponent).join("/")}`;
@@ -184,7 +184,7 @@
     const false_ = [[validation, "validation"], [healthy, "test"]].filter(([share]) => share !== null);
     if (false_.length) sentences.push(`False positives: ${false_.map(([share, of]) => `${percent(share)} of healthy ${of} patches`).join(", ")}.`);
     if (byId("threshold_means")) byId("threshold_means").textContent = sentences.join(" ");
-    if (byId("threshold_says")) byId("threshold_says").textContent = `z ${short(state.threshold)}`;
+    if (byId("threshold_says")) byId("threshold_says").textContent = `${record.unit} ${short(state.threshold)}`;
   }
   function explainLimit() {
     if (!byId("limit_means") || state.limit === null) return;

@@ -93,7 +93,7 @@ def pictures_of(
         directions and the width, empty and 0 where they are unknown.
     """
     worst, count = result.worst_position, image.shape[-1]
-    spread = {int((place + 0.5) * count / slices) for place in range(slices)} if slices > 1 else set()
+    spread = {int((step + 0.5) * count / slices) for step in range(slices)} if slices > 1 else set()
     positions = sorted(spread | {worst}) if slices < count else list(range(count))
     return {
         "start": positions.index(worst),
